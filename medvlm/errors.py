@@ -17,6 +17,7 @@ HINTS = {
     "CORRUPT": "the file is damaged; fetch it again from its source",
     "CHECKSUM": "the compressed data do not match their own checksum; fetch the file again from its source",
     "NO_CODEC": "install the codec named above, or decompress the file (gdcmconv --raw)",
+    "NO_DATA_FILE": "fetch both halves: the header and its data file must lie side by side",
     "BAD_VALUE": "repair the named attribute",
     "UNSUPPORTED": "convert the file to a supported form",
     "UNSAFE_PATH": "the archive or DICOMDIR points outside itself; do not trust it",

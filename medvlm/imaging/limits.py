@@ -14,6 +14,12 @@ free_bytes = 64 << 20
 """A decoded image up to this size (bytes) is never refused for its ratio."""
 max_ratio = 1000
 """Largest decoded size over encoded size; real compressed scans stay below 100, blank ones below 1000."""
+max_files = 100_000
+"""Most files in a folder or archive that is read at once."""
+max_zip_bytes = 16 << 30
+"""Largest sum of the files in one archive (bytes)."""
+max_zip_ratio = 200
+"""Largest unpacked size over packed size of an archive; DICOM and NIfTI shrink 2 to 10 times."""
 
 
 def check_size(shape: tuple[int, ...], dtype, encoded: int, what: str) -> int:

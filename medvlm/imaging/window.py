@@ -1,0 +1,133 @@
+"""From stored values to what a screen shows: windows, VOI tables and the one inversion of MONOCHROME1. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import UsageError
+from .scan import Image, Volume
+
+PRESETS: dict[str, tuple[float, float]] = {
+    "soft tissue": (40, 400),
+    "lung": (-600, 1500),
+    "liver": (90, 150),
+    "bone": (480, 2500),
+    "brain": (40, 80),
+}
+"""(centre, width) in HU. Source: OHIF viewer 3, default window level presets (there written width / centre)."""
+
+MEDGEMMA: tuple[tuple[float, float], ...] = ((0, 2048), (40, 350), (40, 80))
+"""(centre, width) in HU of the red, green and blue channel: -1024..1024, -135..215 and 0..80.
+Source: MedGemma 1.5 model card, CT input."""
+
+TAILS = (0.5, 99.5)
+"""Percentiles that become black and white where a picture brings no window."""
+
+FUNCTIONS = ("linear", "linear exact", "sigmoid")
+
+
+def apply(values: np.ndarray, centre: float, width: float, function: str = "linear") -> np.ndarray:
+    """Values through one window -> float32 in [0, 1] of the same shape; NaN becomes 0.
+
+    Source: DICOM PS3.3 C.11.2.1.2 (linear: width >= 1, and a width of 1 is a step) and C.11.2.1.3 (the other two).
+
+    Raises:
+        UsageError: BAD_ARGUMENT for a width or function that is not allowed.
+    """
+    function = function.lower().replace("_", " ")
+    if function not in FUNCTIONS or not _valid(centre, width, function):
+        raise UsageError(f"there is no {function!r} window of centre {centre} and width {width}", "BAD_ARGUMENT")
+    x = np.asarray(values)
+    x = x.astype(np.float64 if x.dtype.itemsize > 4 else np.float32)
+    if function == "sigmoid":
+        with np.errstate(over="ignore"):
+            y = 1 / (1 + np.exp(-4 * (x - centre) / width))
+    elif function == "linear exact":
+        y = (x - centre) / width + 0.5
+    elif width == 1:
+        y = (x > centre - 0.5).astype(np.float32)
+    else:
+        y = (x - (centre - 0.5)) / (width - 1) + 0.5
+    return np.nan_to_num(np.clip(y, 0, 1), nan=0.0).astype(np.float32, copy=False)
+
+
+def display(image: Image | Volume) -> np.ndarray:
+    """What a viewer shows: uint8 (H, W) or (H, W, 3), or (D, H, W[, 3]) for a volume.
+
+    The file's own VOI table comes first, then its first valid window, else the percentiles ``TAILS``; display values
+    (unit "uint8") without either stay as they are. MONOCHROME1 (``info["inverted"]``) is inverted here, once, and
+    nowhere else: pixels are never stored inverted. Windows that cannot be are skipped and warned about.
+    """
+    array = image.voxels if isinstance(image, Volume) else image.pixels
+    return show(array, image.unit, image.info)
+
+
+def show(array: np.ndarray, unit: str, info: Mapping[str, Any]) -> np.ndarray:
+    """:func:`display` for an array (C, H, W) or (C, D, H, W) with the unit and info of its image."""
+    window = None if info.get("voi_lut") else _first_window(info)
+    if array.shape[0] == 3:  # colour has no window in DICOM or elsewhere
+        shown = array if array.dtype == np.uint8 else _byte(_full_range(array))
+    elif info.get("voi_lut"):
+        shown = _byte(_through_table(array, info["voi_lut"]))
+    elif window is not None:
+        shown = _byte(apply(array, *window))
+    elif array.dtype == np.uint8 and unit == "uint8":
+        shown = array
+    else:
+        shown = _byte(_between_tails(array, info.get("padding")))
+    if info.get("inverted") and array.shape[0] == 1:
+        shown = 255 - shown
+    return shown[0] if shown.shape[0] == 1 else np.moveaxis(shown, 0, -1)
+
+
+def _first_window(info: Mapping[str, Any]) -> tuple[float, float, str] | None:
+    for given in info.get("windows") or ():
+        centre, width, *rest = given
+        function = (rest[0] if rest else info.get("voi_function") or "linear").lower().replace("_", " ")
+        if function in FUNCTIONS and _valid(centre, width, function):
+            return float(centre), float(width), function
+        note = f"BAD_WINDOW: the {function} window {centre:g} / {width:g} cannot be and was skipped"
+        if note not in info.get("warnings", ()):
+            info["warnings"].append(note)
+    return None
+
+
+def _valid(centre, width, function: str) -> bool:
+    return bool(np.isfinite(centre) and np.isfinite(width) and (width >= 1 if function == "linear" else width > 0))
+
+
+def _through_table(array: np.ndarray, table: Mapping[str, Any]) -> np.ndarray:
+    data = np.asarray(table["data"])
+    index = np.clip(np.rint(np.nan_to_num(array, nan=table["first"])).astype(np.int64) - int(table["first"]), 0, len(data) - 1)
+    bits = table.get("bits") or max(8, int(data.max()).bit_length())
+    return data[index].astype(np.float32) / np.float32(2**bits - 1)
+
+
+def _between_tails(array: np.ndarray, padding=None) -> np.ndarray:
+    finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array.ravel()
+    if padding is not None and (seen := finite[finite != padding]).size:
+        finite = seen
+    if not finite.size:
+        return np.zeros(array.shape, np.float32)
+    if finite.size > 1 << 22:  # a regular sample is as good as all voxels of a large volume
+        finite = finite[:: finite.size >> 22]
+    low, high = np.percentile(finite, TAILS)
+    if high <= low:
+        low, high = float(finite.min()), float(finite.max())
+    if high <= low:
+        return np.zeros(array.shape, np.float32)
+    scaled = (array.astype(np.float32) - np.float32(low)) / np.float32(high - low)
+    return np.nan_to_num(np.clip(scaled, 0, 1), nan=0.0)
+
+
+def _full_range(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind == "u":
+        return array.astype(np.float32) / np.iinfo(array.dtype).max
+    return _between_tails(array)
+
+
+def _byte(fraction: np.ndarray) -> np.ndarray:
+    return np.rint(fraction * 255).astype(np.uint8)
