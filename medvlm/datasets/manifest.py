@@ -1,0 +1,184 @@
+"""``manifest.jsonl``: any data set as one JSON object a line (schema: docs/manifest.md).
+
+A row gives one Sample per ``qa`` entry (id = qid, group = pair), one per mask (id = row id / name), and one for its
+text; a row with none of them gives one Sample that holds its image, labels and boxes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import MedVLMError, ModelError
+from ..imaging.scan import Image, Volume
+from ..sample import Mask, Region, Sample, Turn
+
+KNOWN = {"id", "image", "modality", "split", "patient", "text", "findings", "mask", "boxes", "qa"}
+MODALITIES = {"xray", "ct", "mr", "ct_or_mr", "pet", "nm", "fundus", "pathology", "ultrasound", "endoscopy",
+              "dermoscopy", "oct", "other", "unknown"}  # fmt: skip
+MASK_TYPES = {"binary", "instance", "labelmap", "volume_binary", "volume_labelmap", "dicom_seg"}
+
+
+def rows(path: str | Path, split: str | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a manifest file, or of the ``manifest.jsonl`` in a folder; checked.
+
+    split: only rows of this split; all rows where the manifest has no row of that split and no split at all.
+
+    Raises:
+        ModelError: BAD_MANIFEST with the line number, the field, what was found and what was expected.
+    """
+    path = Path(path)
+    path = path / "manifest.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist", "BAD_MANIFEST")
+    seen: dict[str, int] = {}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            row = _check(line, path.name, number)
+            if row["id"] in seen:
+                raise ModelError(f"{path.name} line {number}: id {row['id']!r} was used on line {seen[row['id']]}", "BAD_MANIFEST")
+            seen[row["id"]] = number
+            if split is None or row.get("split", split) == split:
+                yield row | {"_folder": path.parent, "_line": number}
+
+
+def samples(path: str | Path, split: str | None = None) -> Iterator[Sample]:
+    """The samples of a manifest. Images are opened once a row and their pixels read when first used."""
+    for row in rows(path, split):
+        yield from row_samples(row)
+
+
+def row_samples(row: dict[str, Any]) -> Iterator[Sample]:
+    """The samples of one row as :func:`rows` gives it."""
+    images = {i.id: i for i in open_images(row)}
+    first = next(iter(images), None)
+    whole = Sample(
+        id=row["id"], patient=row.get("patient"), images=images, regions=tuple(_regions(row, first)),
+        labels={k: math.nan if v is None else float(v) for k, v in (row.get("findings") or {}).items()},
+        meta={k: v for k, v in row.items() if k not in KNOWN - {"split", "modality"} and not k.startswith("_")},
+    )  # fmt: skip
+    from dataclasses import replace
+
+    for qa in row.get("qa") or ():
+        yield replace(
+            whole, id=str(qa["qid"]), group=qa.get("pair"), turns=(Turn("user", qa["question"]), Turn("assistant", str(qa["answer"]))),
+            choices=tuple(qa["choices"]) if qa.get("choices") else ("yes", "no") if str(qa["answer"]).strip().lower() in ("yes", "no") else None,
+            meta={**whole.meta, **{k: v for k, v in qa.items() if k not in ("question", "answer", "pair")}, "row": row["id"]},
+        )  # fmt: skip
+    names = list((row.get("mask") or {}).get("files", {}))
+    for name in names:
+        for mask in read_masks(row, images.get(first), only=name):
+            suffix = mask.label if len(names) == 1 or mask.label == name else f"{name}/{mask.label}"
+            yield replace(whole, id=f"{row['id']}/{suffix}", masks=(mask,))
+    if row.get("text"):
+        sections = row.get("sections")
+        yield replace(whole, turns=(Turn("assistant", row["text"]),), meta={**whole.meta, **({"sections": sections} if sections else {})})
+    if not (row.get("qa") or names or row.get("text")):
+        yield whole
+
+
+def open_images(row: dict[str, Any]) -> tuple[Image | Volume, ...]:
+    """The images of a row; () for a row of text."""
+    if not row.get("image"):
+        return ()
+    from ..imaging.study import read
+
+    path = row["_folder"] / row["image"]
+    if not path.resolve().is_relative_to(row["_folder"].resolve()):
+        raise ModelError(f"manifest line {row['_line']}: image {row['image']!r} lies outside the manifest's folder", "BAD_MANIFEST")
+    modality = row["modality"] if row["modality"] not in ("ct_or_mr", "unknown") else None
+    try:
+        return read(path, modality=modality).images
+    except MedVLMError as error:
+        raise ModelError(f"manifest line {row['_line']}, image {row['image']!r}: {error.message}", error.code, error.hint) from error
+
+
+def read_masks(row: dict[str, Any], image: Image | Volume | None, only: str | None = None) -> list[Mask]:
+    """The masks of a row as bool arrays on the image's grid.
+
+    binary, instance and volume_binary files give one mask each (instances are joined); label maps one mask a label.
+
+    Raises:
+        ModelError: BAD_MANIFEST when a file is missing; GRID_MISMATCH when its size is not the image's.
+    """
+    spec = row.get("mask") or {}
+    found: list[Mask] = []
+    for name, file in spec.get("files", {}).items():
+        if only is not None and name != only:
+            continue
+        path = row["_folder"] / file
+        if not path.is_file():
+            raise ModelError(f"manifest line {row['_line']}: mask file {file!r} does not exist", "BAD_MANIFEST")
+        if image is None:
+            raise ModelError(f"manifest line {row['_line']}: a mask needs an image", "BAD_MANIFEST")
+        if spec["type"] == "dicom_seg":
+            continue
+        array = _mask_array(path, image)
+        if array.shape != image.shape[1:]:
+            raise ModelError(
+                f"manifest line {row['_line']}: mask {name!r} is {array.shape} but its image is {image.shape[1:]}", "GRID_MISMATCH"
+            )
+        if spec["type"] in ("labelmap", "volume_labelmap"):
+            for value, label in (spec.get("labels") or {}).items():
+                found.append(Mask(image.id, label, array == int(value)))
+        else:
+            found.append(Mask(image.id, name, array > 0))
+    return found
+
+
+def _mask_array(path: Path, image: Image | Volume) -> np.ndarray:
+    from ..imaging.study import read
+
+    mask = read(path, modality="other").image()
+    if isinstance(image, Volume):
+        return mask.onto(image, order=0).voxels[0]
+    return mask.pixels[0]
+
+
+def _regions(row: dict[str, Any], image: str | None) -> Iterator[Region]:
+    for box in row.get("boxes") or ():
+        left, top, right, bottom = box["xyxy"]
+        yield Region(image or "", box["label"], ((top, left), (bottom, right)))
+
+
+def _check(line: str, file: str, number: int) -> dict[str, Any]:
+    def refuse(what: str):
+        raise ModelError(f"{file} line {number}: {what}", "BAD_MANIFEST")
+
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        refuse(f"not JSON ({error.msg} at column {error.colno})")
+    if not isinstance(row, dict):
+        refuse(f"expected an object, got {type(row).__name__}")
+    for name in ("id", "modality"):
+        if not isinstance(row.get(name), str) or not row[name]:
+            refuse(f"field {name!r} must be a non-empty string, got {row.get(name)!r}")
+    if "image" not in row:
+        refuse("field 'image' is missing (null for a row of text)")
+    if not isinstance(row["image"], str | None):
+        refuse(f"field 'image' must be a path or null, got {row['image']!r}")
+    if row["modality"] not in MODALITIES:
+        refuse(f"modality {row['modality']!r} is not one of {', '.join(sorted(MODALITIES))}")
+    if row.get("split", "train") not in ("train", "val", "test"):
+        refuse(f"split {row['split']!r} is not train, val or test")
+    if row.get("mask"):
+        if row["mask"].get("type") not in MASK_TYPES or not isinstance(row["mask"].get("files"), dict):
+            refuse(f"mask needs a type ({', '.join(sorted(MASK_TYPES))}) and files {{name: path}}, got {str(row['mask'])[:80]}")
+    for i, qa in enumerate(row.get("qa") or ()):
+        if not isinstance(qa, dict) or not {"qid", "question", "answer"} <= qa.keys():
+            refuse(f"qa[{i}] needs qid, question and answer, got {str(qa)[:80]}")
+    for i, box in enumerate(row.get("boxes") or ()):
+        if not isinstance(box, dict) or len(box.get("xyxy", ())) != 4 or "label" not in box:
+            refuse(f"boxes[{i}] needs label and xyxy [left, top, right, bottom], got {str(box)[:80]}")
+    for name, value in (row.get("findings") or {}).items():
+        if value not in (0, 1, None):
+            refuse(f"finding {name!r} must be 1, 0 or null, got {value!r}")
+    return row

@@ -1,0 +1,171 @@
+"""Text for the language model: tokens, chat template, image placeholders at full length, label mask, batches.
+
+An image stands in the text as ``<|image:ID|>`` and becomes one ``<|image|>`` token for each token its projector gives,
+so text index = hidden-state index. ``<|seg|>`` in an answer asks for a mask; the state that *predicts* it (position
+t-1) is the mask head's prompt, as in LISA (arXiv:2308.00692) and M3D (arXiv:2404.00578).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .errors import ModelError
+from .sample import IMAGE_MARK, Sample, Turn
+
+IMAGE, SEG, END, PAD = "<|image|>", "<|seg|>", "<|end|>", "<|pad|>"
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_MARK = re.compile(re.escape(IMAGE_MARK).replace(r"\{\}", r"(.+?)"))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048):
+    """A byte-level BPE tokenizer of this text with the toolkit's special tokens and chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [PAD, END, IMAGE, SEG, *ROLES]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, chat_template=TEMPLATE, padding_side="right",
+        extra_special_tokens={"image_token": IMAGE, "seg_token": SEG}, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def build(model_type: str = "llama", **args):
+    """A causal language model of transformers with random weights, from its configuration's own arguments."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **args))
+
+
+@dataclass
+class Encoded:
+    """One conversation as tokens. images: ids in reading order, one a placeholder run."""
+
+    ids: list[int]
+    labels: list[int]
+    images: list[str]
+
+
+@dataclass
+class Batch:
+    """ids, attention, labels: (B, T), labels -100 where nothing is learnt. images: {encoder: (K, C, *size)}.
+    order: (encoder, k) of each placeholder run, in reading order over the batch; rows may share an image.
+    seg: (S, 2) row and column of each <|seg|>. seg_image: (encoder, k) each of them is drawn on.
+    targets: what objectives need beyond tokens."""
+
+    ids: Tensor
+    attention: Tensor
+    labels: Tensor
+    images: dict[str, Tensor] = field(default_factory=dict)
+    order: list[tuple[str, int]] = field(default_factory=list)
+    seg: Tensor | None = None
+    seg_image: list[tuple[str, int]] = field(default_factory=list)
+    targets: dict = field(default_factory=dict)
+
+    def to(self, device) -> Batch:
+        def move(x):
+            return x.to(device) if isinstance(x, Tensor) else {k: move(v) for k, v in x.items()} if isinstance(x, dict) else x
+
+        return Batch(**{k: move(v) for k, v in vars(self).items()})
+
+
+def encode(tokenizer, sample: Sample, counts: Mapping[str, int], answer: bool = True, limit: int = 2048) -> Encoded:
+    """A sample's conversation as tokens.
+
+    Args:
+        counts: {image id: tokens its projector gives}.
+        answer: True to train (only assistant turns are labelled); False to ask (the last assistant turn is left out
+            and the prompt for the next one is appended).
+
+    Raises:
+        ModelError: PLACEHOLDERS when a mark names an image that is not there; QUESTION_TOO_LONG beyond ``limit`` tokens.
+    """
+    turns = list(sample.turns)
+    if not answer and turns and turns[-1].role == "assistant":
+        turns.pop()
+    if not turns or turns[0].role == "assistant":
+        turns.insert(0, Turn("user", ""))
+    marked = {name for t in turns for name in _MARK.findall(t.text)}
+    if unknown := marked - counts.keys():
+        raise ModelError(f"the text of sample {sample.id} names images {sorted(unknown)}; it has {sorted(counts)}", "PLACEHOLDERS")
+    first = next(i for i, t in enumerate(turns) if t.role != "system")
+    unmarked = "".join(IMAGE_MARK.format(name) for name in counts if name not in marked)
+    turns[first] = Turn(turns[first].role, unmarked + turns[first].text)
+
+    images: list[str] = []
+
+    def expand(match: re.Match) -> str:
+        images.append(match.group(1))
+        return IMAGE * counts[match.group(1)]
+
+    messages = [{"role": t.role, "content": _MARK.sub(expand, t.text)} for t in turns]
+    ids: list[int] = []
+    labels: list[int] = []
+    for k in range(len(messages)):
+        asks = messages[k]["role"] == "assistant"
+        if asks:
+            opened = _tokens(tokenizer, messages[:k], True)
+            labels += [-100] * (len(opened) - len(ids))
+            ids = opened
+        closed = _tokens(tokenizer, messages[: k + 1], False)
+        if closed[: len(ids)] != ids:
+            raise ModelError("the chat template rewrites earlier turns, so answers cannot be told from questions", "BAD_CHECKPOINT")
+        labels += closed[len(ids) :] if asks else [-100] * (len(closed) - len(ids))
+        ids = closed
+    if not answer:
+        opened = _tokens(tokenizer, messages, True)
+        labels += [-100] * (len(opened) - len(ids))
+        ids = opened
+    if len(ids) > limit:
+        raise ModelError(f"the conversation takes {len(ids)} tokens; this model reads {limit}", "QUESTION_TOO_LONG")
+    return Encoded(ids, labels, images)
+
+
+def collate(tokenizer, rows: Sequence[Encoded], places: Sequence[Mapping[str, tuple[str, int]]], images: dict[str, Tensor],
+            left: bool = False) -> Batch:  # fmt: skip
+    """Encoded rows as one padded batch.
+
+    places: for each row {image id: (encoder, index into images[encoder])}. left: pad on the left, to generate.
+    """
+    width = max(len(r.ids) for r in rows)
+    seg_id = tokenizer.convert_tokens_to_ids(SEG)
+    ids, labels, attention, order, seg, seg_image = [], [], [], [], [], []
+    for i, (row, place) in enumerate(zip(rows, places)):
+        gap = width - len(row.ids)
+        pad = lambda values, fill: [fill] * gap + values if left else values + [fill] * gap  # noqa: B023, E731
+        ids.append(pad(row.ids, tokenizer.pad_token_id))
+        labels.append(pad(row.labels, -100))
+        attention.append(pad([1] * len(row.ids), 0))
+        order += [place[name] for name in row.images]
+        for column, token in enumerate(ids[-1]):
+            if token == seg_id:
+                seg.append((i, column))
+                seg_image.append(place[row.images[0]])
+    return Batch(
+        torch.tensor(ids), torch.tensor(attention), torch.tensor(labels), images, order,
+        torch.tensor(seg, dtype=torch.long).reshape(-1, 2), seg_image,
+    )  # fmt: skip
+
+
+def _tokens(tokenizer, messages: list[dict], prompt: bool) -> list[int]:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt) if messages else ""
+    if not messages and prompt:
+        text = ROLES[2]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,0 +1,110 @@
+"""The bundled model: a small reader of chest X-rays that trains on two cores in three quarters of an hour.
+
+An encoder, a language model of four layers and SAM's decoder learn together from scratch: outlines, findings, answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import timm
+
+from ..datasets import instruct, manifest
+from ..language import IMAGE, SEG, train_tokenizer
+from ..sample import Sample
+from ..vlm import MedVLMConfig
+from .base import Recipe, Stage
+
+TARGETS = ("right lung", "left lung", "heart and mediastinum", "airways", "ground-glass opacity", "consolidation",
+           "pleural effusion", "pneumothorax", "endotracheal tube", "nasogastric tube", "central venous line")  # fmt: skip
+FINDINGS = ("COVID-19 pneumonia", "bacterial pneumonia", "pneumonia", "ARDS", "ground-glass opacity", "consolidation",
+            "pleural effusion", "pneumothorax", "cardiomegaly", "endotracheal tube", "nasogastric tube",
+            "central venous line")  # fmt: skip
+MODALITIES = ("xray", "ct", "mr", "fundus", "pathology")
+VIEWS = ("PA", "AP")
+SLICES_A_VOLUME = 6
+
+
+def model(tokenizer, size: int = 256, backbone: str = "regnety_004", dim: int = 192, layers: int = 4) -> MedVLMConfig:
+    """The configuration; size: side of the input in pixels, dim and layers: of the language model."""
+    info = timm.create_model(backbone, features_only=True, in_chans=1).feature_info
+    dims, strides, square = info.channels(), info.reduction(), (size, size)
+    kinds = [f"modality:{m}" for m in MODALITIES]
+    views = [f"view:{v}" for v in VIEWS]
+    token = tokenizer.convert_tokens_to_ids
+    return MedVLMConfig(
+        parts={
+            "encoders": {"picture": {"file": "image", "args": {"model": backbone, "size": square}}},
+            "projectors": {"picture": {"file": "mlp", "args": {"dim": dims[-1], "lm_dim": dim}}},
+            "heads": {
+                "mask": {"file": "mask", "args": {"level_dims": dims, "level_strides": strides, "lm_dim": dim, "size": square}},
+                "classify": {"file": "classify", "args": {"dim": dims[-1], "labels": [*FINDINGS, *kinds, *views], "groups": [kinds, views]}},
+            },
+            "language": {"lm": {"file": "language", "args": {
+                "model_type": "llama", "hidden_size": dim, "intermediate_size": dim * 3, "num_hidden_layers": layers,
+                "num_attention_heads": dim // 32, "num_key_value_heads": dim // 32, "max_position_embeddings": 1024,
+                "vocab_size": len(tokenizer), "tie_word_embeddings": True, "attention_dropout": 0.1,
+                "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None,
+            }}},
+        },
+        about={
+            "name": "medvlm-tiny", "version": "0.1.0", "routes": {"*": "picture"}, "reads": ["xray"],
+            "targets": list(TARGETS), "findings": list(FINDINGS), "anatomy": list(TARGETS[:4]),
+        },
+        image_token_id=token(IMAGE), seg_token_id=token(SEG),
+    )  # fmt: skip
+
+
+def samples(data: Path, name: str, split: str) -> Iterator[Sample]:
+    """Conversations of one data set; the text of the IU reports is never read, only their structured labels."""
+    for row in manifest.rows(data / name, split):
+        if name == "report_iu":
+            yield from instruct.restructured(row)
+        elif name.startswith("vol_"):
+            yield from _slices(row)
+        else:
+            if row["modality"] == "ct_or_mr":
+                continue
+            (image,) = manifest.open_images(row)
+            outlines = manifest.read_masks(row, image) if name == "xray_covid" else []
+            yield from instruct.conversations(row if name in ("xray_covid", "vqa_rad") else {**row, "boxes": [], "mask": None}, image, outlines, TARGETS)
+
+
+def _slices(row) -> Iterator[Sample]:
+    """Axial slices of a volume as pictures, so that the model knows what it has not learnt to read."""
+    from ..imaging.scan import Image
+
+    (volume,) = manifest.open_images(row)[:1]
+    volume = volume.reorient("SPL")
+    count = volume.shape[1]
+    for k in range(SLICES_A_VOLUME):
+        at = int((k + 0.5) / SLICES_A_VOLUME * count)
+        image = Image(f"{volume.modality}-1", volume.voxels[:, at], volume.spacing[1:], volume.modality, volume.unit, {})
+        yield from instruct.conversations({**row, "id": f"{row['id']}@{at}", "mask": None}, image, [], TARGETS)
+
+
+def tokenizer(texts):
+    """A vocabulary of the conversations at hand."""
+    return train_tokenizer(texts, vocab_size=2048)
+
+
+EVERYTHING = ("encoders.*", "projectors.*", "heads.*", "lm.*")
+PICTURES = {"xray_covid": 10.0, "vqa_rad": 4.0, "fundus_chase": 0.5, "path_bccd": 0.5, "path_dsb_nuclei": 0.5,
+            "vol_deeplesion": 0.3, "vol_totalseg": 0.4}  # fmt: skip
+RECIPE = Recipe(
+    name="medvlm_tiny",
+    source="this project; mask tokens after LISA (arXiv:2308.00692), decoder of Segment Anything (arXiv:2304.02643)",
+    departs="no pretrained weights: every part starts from random numbers",
+    model=model,
+    samples=samples,
+    tokenizer=tokenizer,
+    stages=(
+        Stage("see", "lm+mask+classify", EVERYTHING, PICTURES, lr=1e-3, steps=1200, batch=16, turns=4,
+              kinds={"segment": 4.0, "asked": 1.0, "finding": 1.0, "describe": 0.3, "modality": 0.5, "view": 0.5}, augment=1.0, warmup=100),
+        Stage("speak", "lm+mask+classify", EVERYTHING, {**PICTURES, "report_iu": 6.0}, lr=4e-4, steps=600, batch=16, turns=5,
+              kinds={"segment": 3.0, "asked": 2.0, "finding": 1.5, "describe": 1.0, "modality": 0.5, "view": 0.5, "text": 1.0},
+              augment=0.7, warmup=30),
+    ),
+    tasks=("segment", "vqa", "probe"),
+)  # fmt: skip
