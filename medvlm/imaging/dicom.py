@@ -1,0 +1,479 @@
+"""DICOM files to studies: the hospital's images with their geometry, pixels read when first used.
+
+Values are those after the modality LUT; windows, VOI tables and MONOCHROME1 are carried in ``info`` and applied only
+for display and model input. Pixel padding stays in the values, CT padding outside the scanner too: ``info["padding"]``
+gives its range in the unit of the values, and every window clips it away.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import FileError, GeometryError, MedVLMError, UsageError
+from . import dicom_fast, limits
+from .dicom_header import Header, frames, import_pydicom, read_header
+from .dicom_pixels import LOSSY, Layout, load, table, whole_dtype
+from .dicom_stack import POLICIES, Slice, Stack, arrange, check_spacing, normal, plane_affine, spacing, split
+from .scan import Image, Lazy, Study, Volume
+
+MODALITIES = {
+    **dict.fromkeys(("CR", "DX", "MG", "XA", "RF", "RG", "IO", "PX", "RTIMAGE", "BMD", "XC_DX"), "xray"),
+    **dict.fromkeys(("US", "IVUS", "BDUS"), "ultrasound"),
+    **dict.fromkeys(("OP", "SRF", "FA", "FS"), "fundus"),
+    **dict.fromkeys(("SM", "GM"), "pathology"),
+    **dict.fromkeys(("OPT", "OCT", "IVOCT", "OPTENF"), "oct"),
+    "CT": "ct", "MR": "mr", "MA": "mr", "PT": "pet", "NM": "nm", "ES": "endoscopy", "DMS": "dermoscopy",
+    **dict.fromkeys(("OT", "XC", "SC", "VL", "OPM", "LS", "DG", "TG", "CFM"), "other"),
+}  # fmt: skip
+"""DICOM modality codes in the vocabulary of :class:`~medvlm.imaging.scan.Image`; a code not listed is "other", none is "unknown"."""
+
+NO_IMAGE = frozenset(
+    "SEG RTSTRUCT RTPLAN RTDOSE RTRECORD RTINTENT SR PR KO DOC REG FID ANN ECG EPS HD AU RESP EEG EMG EOG POS PLAN RWV SMR STAIN SEGLABEL M3D TEXTUREMAP".split()
+)
+_NO_IMAGE_CLASSES = (
+    "1.2.840.10008.5.1.4.1.1.66.", "1.2.840.10008.5.1.4.1.1.88.", "1.2.840.10008.5.1.4.1.1.9.", "1.2.840.10008.5.1.4.1.1.11.",
+    "1.2.840.10008.5.1.4.1.1.30", "1.2.840.10008.5.1.4.1.1.67", "1.2.840.10008.5.1.4.1.1.104.", "1.2.840.10008.5.1.4.1.1.91.",
+    "1.2.840.10008.5.1.4.1.1.481.2", "1.2.840.10008.5.1.4.1.1.481.3", "1.2.840.10008.5.1.4.1.1.481.5", "1.2.840.10008.5.1.4.1.1.481.8",
+)  # fmt: skip
+"""Segmentations and surfaces, reports, waveforms, presentation states, parametric maps, documents, annotations, RT dose, structures and plans."""
+
+_SECONDARY = "1.2.840.10008.5.1.4.1.1.7"
+_DIRECTORY = "1.2.840.10008.1.3.10"
+_STACKED = frozenset(("CT", "MR", "PT"))
+_POSITIONS = frozenset(("HFS", "HFP", "HFDR", "HFDL", "FFS", "FFP", "FFDR", "FFDL"))
+AIR_HU = -1024
+"""What policy "fill" puts into CT slices that are not there."""
+
+
+def is_dicom(path) -> bool:
+    """Whether the file is DICOM: a Part-10 preamble, or a data set without one whose first attributes make sense."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(132)
+            if head[128:] == b"DICM":
+                return True
+            return _headless(head, Path(path).stat().st_size)
+    except OSError:
+        return False
+
+
+def _headless(head: bytes, size: int) -> bool:
+    """Whether the bytes start like a data set: group 2 or 8, known representations or plausible lengths, tags that rise."""
+    for order in "<>":
+        at, last, seen, explicit = 0, -1, 0, head[4:6] in dicom_fast.SHORT or head[4:6] in dicom_fast.LONG
+        while at + 12 <= len(head) and seen < 3:
+            group, element = struct.unpack_from(order + "HH", head, at)
+            vr, tag = head[at + 4 : at + 6], group << 16 | element
+            if tag <= last or (last < 0 and group not in (2, 8)) or group > 0x28:
+                break
+            if not explicit:
+                length, at = struct.unpack_from(order + "I", head, at + 4)[0], at + 8
+            elif vr in dicom_fast.SHORT:
+                length, at = struct.unpack_from(order + "H", head, at + 6)[0], at + 8
+            elif vr in dicom_fast.LONG:
+                length, at = struct.unpack_from(order + "I", head, at + 8)[0], at + 12
+            else:
+                break
+            if length == dicom_fast.UNDEFINED or at + length > size:
+                break
+            at, last, seen = at + length, tag, seen + 1
+        else:
+            if seen >= 2:
+                return True
+    return False
+
+
+def read_dicom(files: Iterable[Path], policy: str = "strict") -> list[Study]:
+    """The studies that these files hold, in a stable order; a DICOMDIR stands for the files it names.
+
+    Args:
+        files: of any series and studies, in any order.
+        policy: "strict" refuses series that do not fill space evenly; "fill" inserts empty slices where some are
+            missing; "resample" interpolates onto even spacing. Both say so in the image's warnings.
+
+    Each image's ``info`` holds: windows [(centre, width, explanation)], voi_lut [{first, bits, values, explanation}],
+    inverted, padding (low, high), laterality, view, body_part, burned_in (True, False, None), frame_of_reference,
+    sop and files (one a slice; None for a filled slice), frames (number in its file, from 1), series, series_number,
+    patient_position, lossy, phase {attribute: value}, affine (4, 4) of a single slice, filled [slice], tilt, warnings.
+    A CT with a rescale has float32 voxels in HU; other values keep the smallest exact type.
+
+    A series that is refused becomes a study warning "CODE: text".
+
+    Raises:
+        FileError, GeometryError: the first refusal, when no image is left. UNSAFE_PATH: a DICOMDIR leaves its folder.
+        UsageError: BAD_ARGUMENT for an unknown policy.
+    """
+    if policy not in POLICIES:
+        raise UsageError(f"policy is {policy!r}; it can be {', '.join(POLICIES)}", "BAD_ARGUMENT")
+    files = list(files)
+    found: dict[str, dict[str, list[list[Slice]]]] = {}
+    refused: list[tuple[str, MedVLMError]] = []
+    queue, known = list(enumerate(files, 1)), {str(f) for f in files}
+    for ordinal, path in queue:
+        study = ""
+        try:
+            head = read_header(path)
+            if _is_directory(head):
+                queue += [(ordinal, p) for p in _referenced(head, Path(path)) if str(p) not in known and not known.add(str(p))]
+                continue
+            study = head.text("StudyInstanceUID")
+            _check_image(head)
+            found.setdefault(study, {}).setdefault(head.text("SeriesInstanceUID"), []).append(_slices(head))
+        except MedVLMError as error:
+            if error.code == "UNSAFE_PATH":
+                raise
+            where = f"file {ordinal} of {len(files)}: " if len(files) > 1 else ""
+            refused.append((study, type(error)(where + error.message, error.code, error.hint)))
+    studies = []
+    for uid, series in sorted(found.items()):
+        images, warnings, errors = _images(series, policy)
+        errors = [e for u, e in refused if u in (uid, "")] + errors
+        if images:
+            first = images[0][1][0].head
+            identity = uid or "|".join(sorted(series)) or first.text("SOPInstanceUID") or _content(first)
+            patient = first.text("PatientID")
+            warnings += [f"{e.code}: {e.message}" for e in errors]
+            study = Study(f"study-{_hash(identity)}", f"p-{_hash(patient)}" if patient else None, [i for i, _ in images], None, warnings)
+            studies.append(study)
+        else:
+            refused += [(uid, e) for e in errors if (uid, e) not in refused]
+    if not studies:
+        raise refused[0][1] if refused else FileError("there is no DICOM file to read", "NOT_AN_IMAGE")
+    return studies
+
+
+def _hash(text: str) -> str:
+    return blake2b(text.encode(), digest_size=5).hexdigest()
+
+
+def _content(head: Header) -> str:
+    with open(head.file.path, "rb") as file:
+        return blake2b(file.read(1 << 20)).hexdigest()
+
+
+def _is_directory(head: Header) -> bool:
+    dataset = head.file.dataset
+    if dataset is None:
+        return False
+    return str(getattr(dataset, "file_meta", {}).get("MediaStorageSOPClassUID", "")) == _DIRECTORY or "DirectoryRecordSequence" in dataset
+
+
+def _referenced(head: Header, path: Path) -> list[Path]:
+    """The files that a DICOMDIR names and that are there."""
+    folder = path.resolve().parent
+    there = []
+    for record in head.file.dataset.get("DirectoryRecordSequence") or ():
+        parts = record.get("ReferencedFileID") or []
+        parts = [str(parts)] if isinstance(parts, str) else [str(p) for p in parts]
+        if not parts:
+            continue
+        target = (folder / Path(*(p.replace("\\", "/") for p in parts))) if not any("\0" in p for p in parts) else Path("/")
+        if not target.resolve().is_relative_to(folder) or any(Path(p).is_absolute() or ":" in p for p in parts):
+            raise FileError("the DICOMDIR names a file outside its own folder", "UNSAFE_PATH")
+        if target.is_file():
+            there.append(path.parent / target.relative_to(folder))
+    return there
+
+
+def _check_image(head: Header) -> None:
+    kind, code = head.text("SOPClassUID"), head.text("Modality")
+    if kind.startswith(_NO_IMAGE_CLASSES) or code in NO_IMAGE:
+        raise FileError(f"the object is no image but {code if code in NO_IMAGE else 'of another kind'}", "NOT_AN_IMAGE")
+    if head.file.offset is None:
+        if _cut(head):
+            raise FileError("the file ends before its pixel data", "TRUNCATED")
+        raise FileError("the object holds no pixels", "NOT_AN_IMAGE")
+
+
+def _cut(head: Header) -> bool:
+    """Whether the last attribute reaches beyond the end of the file."""
+    dataset = head.file.dataset
+    ends = [e.value_tell + e.length for e in (dataset.get_item(t) for t in dataset.keys()) if hasattr(e, "value_tell") and hasattr(e, "length")]
+    return bool(ends) and not head.file.deflated and max(ends) > head.file.size
+
+
+def _slices(head: Header) -> list[Slice]:
+    """The frames of one file, once it is sure that the file can hold them."""
+    count = head.whole("NumberOfFrames", 1)
+    Layout(head, False, max(1, count))
+    return [Slice(h, i) for i, h in enumerate(frames(head))]
+
+
+def _images(series: dict[str, list[list[Slice]]], policy: str):
+    """[(image, its slices)], warnings and errors of one study; ids are numbered in the order of series number, then UID."""
+    images, warnings, errors = [], [], []
+    counts: dict[str, int] = {}
+
+    def number(uid):
+        return series[uid][0][0].head.number("SeriesNumber", float("inf")), uid
+
+    for uid in sorted(series, key=number):
+        for group in _objects(series[uid]):
+            parts: list = []
+            try:
+                if _stacks(group):
+                    parts, said = split(group)
+                    warnings += said
+                else:
+                    parts = [([s], {}) for s in sorted(group, key=lambda s: s.order)]
+            except MedVLMError as error:
+                errors.append(_named(error, group))
+            for slices, phase in parts:
+                try:
+                    made = [_volume(a, policy, p) for a, p in _refine(slices, phase, policy)] if len(slices) > 1 else [_image(slices[0], phase)]
+                except MedVLMError as error:
+                    errors.append(_named(error, slices))
+                    continue
+                for image, used in made:
+                    counts[image.modality] = counts.get(image.modality, 0) + 1
+                    image.id = f"{image.modality}-{counts[image.modality]}"
+                    images.append((image, used))
+    return images, warnings, errors
+
+
+def _named(error: MedVLMError, slices: list[Slice]) -> MedVLMError:
+    head = slices[0].head
+    number = head.values.get(0x00200011, b"").strip(b"\0 ")
+    which = f"{_modality(head)} series" + (f" {int(number)}" if number.isdigit() else "")
+    return type(error)(f"{which}: {error.message}", error.code, error.hint)
+
+
+def _objects(files: list[list[Slice]]) -> list[list[Slice]]:
+    """Single-frame files of a series together; a multi-frame file alone or with those of its concatenation."""
+    groups: dict[str, list[Slice]] = {}
+    for slices in files:
+        head = slices[0].head
+        key = "" if len(slices) == 1 and not head.text("ConcatenationUID") else head.text("ConcatenationUID") or head.text("SOPInstanceUID") or str(head.file.path)
+        groups.setdefault(key, []).extend(slices)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _stacks(slices: list[Slice]) -> bool:
+    """Whether these frames are meant as slices of one volume, and not as pictures of their own."""
+    head = slices[0].head
+    if len(slices) == 1 or head.text("SOPClassUID").startswith(_SECONDARY):
+        return False
+    if all(s.head.file is head.file for s in slices):
+        return all(s.position is not None for s in slices)
+    return head.text("Modality") in _STACKED
+
+
+def _refine(slices: list[Slice], phase: dict, policy: str) -> list[tuple[Stack, dict]]:
+    """The stack; or, when it is uneven as a whole but each of its acquisitions is even, one stack an acquisition."""
+    hounsfield = _hounsfield(slices[0].head)
+    fill = f"{AIR_HU} HU" if hounsfield else "0"
+    try:
+        return [(arrange(slices, "strict", _same, fill), phase)]
+    except GeometryError as error:
+        runs: dict[bytes, list[Slice]] = {}
+        for s in slices:
+            runs.setdefault(s.head.raw("AcquisitionNumber").strip(b"\0 "), []).append(s)
+        if error.code in ("GAP", "UNEVEN_SPACING") and len(runs) > 1 and min(map(len, runs.values())) >= 3:
+            try:
+                return [(arrange(run, "strict", _same, fill), {**phase, "AcquisitionNumber": run[0].head.number("AcquisitionNumber")}) for _, run in sorted(runs.items())]
+            except GeometryError:
+                pass  # the acquisitions are no better than the whole: the first error says what is wrong
+        if policy == "strict":
+            raise
+    return [(arrange(slices, policy, _same, fill), phase)]
+
+
+def _same(a: Slice, b: Slice) -> bool:
+    values = []
+    for s in (a, b):
+        layout = Layout(s.head, _hounsfield(s.head), s.head.whole("NumberOfFrames", 1))
+        values.append(load([(s.head, s.number)], [layout], layout.dtype)[0])
+    return np.array_equal(*values)
+
+
+def _modality(head: Header) -> str:
+    code = head.text("Modality")
+    return MODALITIES.get(code, "other") if code else "unknown"
+
+
+def _hounsfield(head: Header) -> bool:
+    """Whether values after the rescale are Hounsfield units."""
+    return (
+        head.text("Modality") == "CT"
+        and not head.text("SOPClassUID").startswith(_SECONDARY)
+        and bool(head.raw("RescaleSlope").strip(b"\0 ") and head.raw("RescaleIntercept").strip(b"\0 "))
+        and head.text("RescaleType") in ("HU", "US", "")
+        and head.text("PhotometricInterpretation") in ("MONOCHROME1", "MONOCHROME2")
+    )
+
+
+def _volume(stack: Stack, policy: str, phase: dict) -> tuple[Image | Volume, list[Slice]]:
+    slices = stack.slices
+    if len(slices) == 1:
+        image, used = _image(slices[0], phase)
+        image.info["warnings"][:0] = stack.warnings
+        return image, used
+    layouts = _layouts(slices)
+    dtype, unit, info = _described(slices, layouts, phase)
+    info["warnings"][:0] = stack.warnings
+    info["tilt"] = stack.tilt
+    near = [None if p is None else p[0] if p[0] == p[1] else None for p in stack.planes]
+    for name in ("sop", "files", "frames"):
+        info[name] = [None if i is None else info[name][i] for i in near]
+    info["filled"] = [i for i, p in enumerate(stack.planes) if p is None]
+    if any(p is not None and p[0] != p[1] for p in stack.planes):
+        dtype = np.dtype(np.float32)
+    shape = (layouts[0].channels, len(stack.planes), layouts[0].rows, layouts[0].columns)
+    limits.check_size(shape, dtype, sum(s.head.file.size for s in {id(s.head.file): s for s in slices}.values()), f"a series of {len(slices)} slices")
+    heads = [(s.head, s.number) for s in slices]
+    empty = AIR_HU if unit == "HU" else 0
+
+    def read() -> np.ndarray:
+        values, low, high = load(heads, layouts, dtype)
+        _judge(slices[0].head, unit, layouts[0], low, high, info["warnings"])
+        if stack.plain:
+            return values
+        out = np.full(shape, empty, dtype)
+        for plane, parts in enumerate(stack.planes):
+            if parts is not None:
+                a, b, weight = parts
+                out[:, plane] = values[:, a] if a == b else values[:, a] * np.float32(1 - weight) + values[:, b] * np.float32(weight)
+        return out
+
+    return Volume("", Lazy(shape, dtype, read), stack.affine, _modality(slices[0].head), unit, info), slices
+
+
+def _image(slice: Slice, phase: dict) -> tuple[Image, list[Slice]]:
+    head = slice.head
+    layouts = _layouts([slice])
+    dtype, unit, info = _described([slice], layouts, phase)
+    mm, said = _plane_spacing(head)
+    info["warnings"] += said
+    if slice.position is not None:
+        info["affine"] = plane_affine(slice, mm, head.number("SliceThickness") or 1.0) if mm else None
+    elif head.text("Modality") in _STACKED:
+        info["warnings"].append("GEOMETRY_UNKNOWN: the slice has no position in the patient")
+    layout = layouts[0]
+
+    def read() -> np.ndarray:
+        values, low, high = load([(head, slice.number)], layouts, dtype)
+        _judge(head, unit, layout, low, high, info["warnings"])
+        return values[:, 0]
+
+    shape = (layout.channels, layout.rows, layout.columns)
+    return Image("", Lazy(shape, dtype, read), mm, _modality(head), unit, info), [slice]
+
+
+def _layouts(slices: list[Slice]) -> list[Layout]:
+    return [Layout(s.head, _hounsfield(s.head), s.head.whole("NumberOfFrames", 1)) for s in slices]
+
+
+def _plane_spacing(head: Header) -> tuple[tuple[float, float] | None, list[str]]:
+    """(H, W) mm of one picture, None when unknown, and what must be said about it."""
+    mm, detector = spacing(head), head.numbers("ImagerPixelSpacing", "BAD_SPACING")
+    if detector:
+        detector = check_spacing(detector, "ImagerPixelSpacing")
+        if mm is None or (mm == detector and _modality(head) == "xray"):
+            return detector, ["DETECTOR_PLANE: the spacing holds at the detector, not in the patient"]
+    if mm is None and head.file.dataset is not None and "SequenceOfUltrasoundRegions" in head.file.dataset:
+        regions = head.file.dataset.SequenceOfUltrasoundRegions
+        if len(regions) != 1:
+            return None, [f"REGIONS: the picture has {len(regions)} regions, each with a spacing of its own"]
+        units = regions[0].get("PhysicalUnitsXDirection"), regions[0].get("PhysicalUnitsYDirection")
+        steps = regions[0].get("PhysicalDeltaY"), regions[0].get("PhysicalDeltaX")
+        if units == (3, 3) and None not in steps:  # both in centimetres; the sign only tells the direction
+            return check_spacing(tuple(10 * abs(float(s)) for s in steps), "the ultrasound region's spacing"), []
+    return mm, []
+
+
+def _described(slices: list[Slice], layouts: list[Layout], phase: dict) -> tuple[np.dtype, str, dict]:
+    """(dtype, unit, info) of slices that share their description."""
+    head, layout = slices[0].head, layouts[0]
+    unit = "HU" if _hounsfield(head) else "uint8" if layout.channels == 3 and layout.dtype == np.uint8 else "raw"
+    dtype = layout.dtype
+    if len({(l.dtype, l.slope, l.intercept) for l in layouts}) > 1:
+        dtype = np.dtype(np.float32) if unit == "HU" else whole_dtype(layouts)
+        if any(l.slope != layout.slope for l in layouts):
+            dtype = np.dtype(np.float32)
+    warnings = []
+    code, position = head.text("Modality"), head.text("PatientPosition")
+    burned, lossy = head.text("BurnedInAnnotation"), head.text("LossyImageCompression") == "01" or head.file.syntax in LOSSY
+    if code == "CT" and unit != "HU" and not head.text("SOPClassUID").startswith(_SECONDARY):
+        warnings.append("NO_RESCALE: the CT does not say how its values become Hounsfield units")
+    if code in _STACKED and position not in ("", "HFS"):
+        warnings.append(f"PATIENT_POSITION: the patient lay {position if position in _POSITIONS else 'in an unusual way'}, not head first and supine")
+    if burned == "YES":
+        warnings.append("BURNED_IN: the pixels may show the patient's name")
+    if lossy:
+        warnings.append("LOSSY: the pixels were compressed with loss")
+    if head.text("SOPClassUID").startswith(_SECONDARY):
+        warnings.append("SECONDARY_CAPTURE: the picture was captured from a screen or another device")
+    info = {
+        "windows": _windows(head, warnings),
+        "inverted": layout.photometric == "MONOCHROME1",
+        "laterality": head.text("ImageLaterality") or head.text("FrameLaterality") or head.text("Laterality") or None,
+        "view": head.text("ViewPosition") or None,
+        "body_part": head.text("BodyPartExamined") or None,
+        "burned_in": {"YES": True, "NO": False}.get(burned),
+        "frame_of_reference": head.text("FrameOfReferenceUID") or None,
+        "patient_position": position or None,
+        "lossy": lossy,
+        "series": _free_text(head, "SeriesDescription"),
+        "series_number": head.whole("SeriesNumber"),
+        "sop": [s.head.text("SOPInstanceUID") or None for s in slices],
+        "files": [str(s.head.file.path) for s in slices],
+        "frames": [s.number + 1 for s in slices],
+        "phase": phase,
+        "warnings": warnings,
+    }
+    padding = head.numbers("PixelPaddingValue")
+    if padding and layout.channels == 1:
+        ends = [v * layout.slope + layout.intercept for v in (*padding[:1], *(head.numbers("PixelPaddingRangeLimit") or padding)[:1])]
+        info["padding"] = min(ends), max(ends)
+    dataset = head.file.dataset
+    if dataset is not None and dataset.get("VOILUTSequence"):
+        info["voi_lut"] = [
+            {"first": t[0], "bits": t[1], "values": t[2], "explanation": str(item.get("LUTExplanation", ""))}
+            for item in dataset.VOILUTSequence for t in [table(item)]
+        ]  # fmt: skip
+    return dtype, unit, info
+
+
+def _windows(head: Header, warnings: list[str]) -> list[tuple[float, float, str]]:
+    """(centre, width, explanation) of the file's own windows; those of no width are left out with a warning."""
+    try:
+        centres, widths = head.numbers("WindowCenter"), head.numbers("WindowWidth")
+    except FileError:
+        warnings.append("BAD_WINDOW: the window of the file is no number and is ignored")
+        return []
+    names = [*head.texts("WindowCenterWidthExplanation"), *[""] * len(centres)]
+    found = [(c, w, n) for c, w, n in zip(centres, widths, names) if w >= 1 or (w > 0 and head.text("VOILUTFunction") != "")]
+    if len(found) < max(len(centres), len(widths)):
+        warnings.append("BAD_WINDOW: the file has a window without width and it is ignored")
+    return found
+
+
+def _free_text(head: Header, name: str) -> str:
+    """A text attribute in the file's own character set; it may hold names, so it stays in ``info``."""
+    raw = head.raw(name).strip(b"\0 ")
+    if not raw or raw.isascii():
+        return raw.decode()
+    from pydicom.charset import convert_encodings, decode_bytes
+
+    import_pydicom()
+    try:
+        return decode_bytes(raw, convert_encodings(head.texts("SpecificCharacterSet") or ""), set())
+    except (LookupError, UnicodeError, ValueError):
+        return raw.decode("latin-1")
+
+
+def _judge(head: Header, unit: str, layout: Layout, low: float, high: float, warnings: list[str]) -> None:
+    """Checks that need the values: refuses impossible Hounsfield units, warns of empty and doubtful pictures."""
+    if unit == "HU" and high > 20000 and not layout.signed:
+        raise GeometryError(f"the CT holds {high:g} HU and declares its values unsigned", "HU_IMPLAUSIBLE")
+    said = []
+    if low == high:
+        said.append(f"EMPTY_IMAGE: all values are {low:g}")
+    elif unit == "HU" and low > -200:
+        said.append(f"NOT_HU: the least value is {low:g}, so these are hardly Hounsfield units")
+    warnings += [s for s in said if s not in warnings]
