@@ -119,11 +119,15 @@ def read_dicom(files: Iterable[Path], policy: str = "strict") -> list[Study]:
         try:
             head = read_header(path)
             if _is_directory(head):
-                queue += [(ordinal, p) for p in _referenced(head, Path(path)) if str(p) not in known and not known.add(str(p))]
+                named = _referenced(head, Path(path))
+                queue += [(ordinal, p) for p in named if str(p) not in known and not known.add(str(p))]
+                if not named and len(files) == 1:
+                    raise FileError("none of the files that the DICOMDIR names is there", "NOT_FOUND")
                 continue
             study = head.text("StudyInstanceUID")
             _check_image(head)
-            found.setdefault(study, {}).setdefault(head.text("SeriesInstanceUID"), []).append(_slices(head))
+            slices = _slices(head)
+            found.setdefault(study, {}).setdefault(head.text("SeriesInstanceUID"), []).append(slices)
         except MedVLMError as error:
             if error.code == "UNSAFE_PATH":
                 raise
