@@ -456,7 +456,8 @@ def _open_mgh(path: Path, what: str, need_orientation: bool) -> _Raw:
     header = MGHHeader(head[:90], check=False)
     if int(header["version"]) != 1:
         raise FileError(f"{what} does not begin with an MGH header", "UNKNOWN_FORMAT")
-    if not int(header["goodRASFlag"]) and need_orientation:
+    # read from the bytes: nibabel fills in a default geometry and sets the flag (goodRASFlag) itself
+    if struct.unpack(">h", head[28:30])[0] <= 0 and need_orientation:
         raise GeometryError(f"{what} says that its own geometry is not valid", "ORIENTATION_UNKNOWN")
     shape = tuple(int(n) for n in header["dims"])
     try:
