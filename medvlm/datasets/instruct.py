@@ -28,6 +28,8 @@ MODALITY_WORDS = {"xray": "a chest X-ray", "ct": "a CT slice", "mr": "an MR slic
 ANNOTATED = ("consolidation", "ground-glass opacity", "pleural effusion", "pneumothorax", "endotracheal tube",
              "nasogastric tube", "central venous line")  # fmt: skip
 """What the annotators of the chest X-ray masks outlined wherever it was: no outline there means absent."""
+SIDED = ("consolidation", "ground-glass opacity", "pleural effusion", "pneumothorax")
+"""Findings whose side is told."""
 
 _ASKED = {
     "pneumothorax": r"pneumothora",
@@ -50,9 +52,11 @@ def word(name: str) -> str:
 
 def facts(row: Mapping[str, Any]) -> dict[str, float]:
     """{finding: 1 present | 0 absent} that a manifest row states: its findings, its masks, its yes/no questions."""
+    if row["modality"] != "xray":
+        return {}
     known = {word(k): float(v) for k, v in (row.get("findings") or {}).items() if v is not None}
     outlined = {word(name) for name in (row.get("mask") or {}).get("files", ())}
-    if row.get("mask") and row["modality"] == "xray":
+    if row.get("mask"):
         known |= {name: float(name in outlined) for name in ANNOTATED}
     tube = (row.get("labels") or {}).get("intubation_present")
     if tube in ("Y", "N"):
@@ -105,7 +109,10 @@ def conversations(row: Mapping[str, Any], image, masks: Sequence[Mask], targets:
 
     Each Sample has one question and one answer; an answer with ``<|seg|>`` has one Mask (exact) or Region (a box).
     """
-    base = Sample(row["id"], row.get("patient"), {image.id: image}, labels=facts(row), meta={"row": row["id"], "split": row.get("split")})
+    stated = facts(row)
+    view = ((row.get("labels") or {}).get("view") or "")[:2]
+    kinds = {f"modality:{row['modality']}": 1.0} | ({f"view:{view}": 1.0} if view in ("PA", "AP") else {})
+    base = Sample(row["id"], row.get("patient"), {image.id: image}, labels=stated | kinds, meta={"row": row["id"], "split": row.get("split")})
     counter = iter(range(10**6))
 
     def turn(question: str, answer: str, kind: str, **more) -> Sample:
@@ -123,25 +130,24 @@ def conversations(row: Mapping[str, Any], image, masks: Sequence[Mask], targets:
         elif row["modality"] == "xray" and target in boxes:
             left, top, right, bottom = boxes[target]
             yield turn(question, SEG, "segment", regions=(Region(image.id, target, ((top, left), (bottom, right))),))
-        elif foreign or base.labels.get(target) == 0.0:
+        elif foreign or stated.get(target) == 0.0:
             yield turn(question, SEG, "segment", masks=(Mask(image.id, target, empty),))
-    for qa in row.get("qa") or ():
+    for qa in () if foreign else row.get("qa") or ():
         yield turn(qa["question"], str(qa["answer"]).strip().lower(), "asked", group=qa.get("pair"), meta={"qid": str(qa["qid"])})
-    for name, value in base.labels.items():
+    for name, value in stated.items():
         if name == "normal":
             continue
         yield turn(f"Is there {name} in this chest X-ray?", "yes" if value else "no", "finding")
         side = None
-        if value and name in arrays and {"right lung", "left lung"} <= arrays.keys():
+        if value and name in SIDED and name in arrays and {"right lung", "left lung"} <= arrays.keys():
             side = side_of(arrays[name], arrays["right lung"], arrays["left lung"])
         yield from (turn(*d, "describe") for d in describe(name, "present" if value else "absent", side))
     kind = MODALITY_WORDS.get(row["modality"])
     if kind:
         yield turn("What kind of image is this?", kind, "modality")
         yield turn("Is this a chest X-ray?", "no" if foreign else "yes", "modality")
-    view = (row.get("labels") or {}).get("view")
-    if view in ("PA", "AP", "AP Supine"):
-        yield turn("Is this a PA or AP film?", view[:2], "view")
+    if view in ("PA", "AP"):
+        yield turn("Is this a PA or AP film?", view, "view")
 
 
 def describe(label: str, state: str, side: str | None = None) -> Iterator[tuple[str, str]]:
@@ -156,14 +162,16 @@ def restructured(row: Mapping[str, Any]) -> Iterator[Sample]:
 
     Source: Rad-ReStruct, Pellegrini et al. 2023, arXiv:2307.05766 (question tree: existence, body part, attributes).
     """
-    names = [re.search(r"_(?:diseases|signs|objects)_(.+)$", p) for p in (row.get("labels") or {}).get("radrestruct_positive") or ()]
-    positive = sorted({_plain(m.group(1)) for m in names if m})
+    names = [re.search(r"^(.+)_(?:diseases|signs|objects)_(.+)$", p) for p in (row.get("labels") or {}).get("radrestruct_positive") or ()]
+    positive = sorted({_plain(m.group(2)) for m in names if m})
+    sided = {_plain(m.group(2)) for m in names if m and m.group(1) in ("lung", "pleura")}
     base = Sample(row["id"], row.get("patient"), meta={"row": row["id"], "split": row.get("split")})
     listed = "Findings: " + ("; ".join(positive) if positive else "none") + "."
     asked = [(q["question"], str(q["answer"])) for q in row.get("qa") or () if str(q["answer"]) in ("yes", "no") and "Is there" in q["question"]]
     pairs = [(f"{listed} {q}", a) for q, a in asked]
     for i, name in enumerate(positive):
         state, side = ("present", "possible")[i % 5 == 4], (None, "right", None, "left", "both")[(i + len(row["id"])) % 5]
+        side = side if name in sided else None
         pairs += list(describe(name, state, side)) + [(f"{listed} Is there {name}?", "yes")]
         pairs += list(describe(name, "absent"))[:2]
     for i, (question, answer) in enumerate(pairs):

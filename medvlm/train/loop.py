@@ -25,6 +25,9 @@ from ..vlm import MedVLM
 from . import checkpoint, objectives
 from .data import Case, draw, prepare
 
+VAL_CASES = 48
+"""About how many cases of each data set a validation looks at."""
+
 
 def train(recipe, data: str | Path, out: str | Path, resume: bool = False, seed: int = 0, device: str | None = None,
           precision: str = "bf16", save_minutes: float = 5.0) -> Path:  # fmt: skip
@@ -109,7 +112,7 @@ class _Stage:
         self.accelerator, self.model, self.optimizer, self.tokenizer = accelerator, model, optimizer, tokenizer
         self.objectives = objectives.find(stage.objective)
         self.cases = {name: cases[name] for name, weight in stage.data.items() if weight > 0 and cases[name]}
-        self.val = [c for name in self.cases for c in val[name]]
+        self.val = [c for name in self.cases for c in val[name][:: max(1, len(val[name]) // VAL_CASES)]]
 
     def rng(self, step: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, self.number, step])

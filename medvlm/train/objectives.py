@@ -99,6 +99,8 @@ def point_prompts(target: Tensor) -> Tensor:
 
 def classify(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     """Cross-entropy on the labels that are known (batch.targets["labels"]: (K, labels), NaN unknown)."""
+    if not out.features:
+        return {}
     head = model.heads["classify"]
     ((name, features),) = out.features.items()
     logits, target = head(features).float(), batch.targets["labels"]
@@ -109,7 +111,7 @@ def classify(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
         grouped[index] = True
         told = (target[:, index] == 1).any(1)
         if told.any():
-            losses[f"{group[0].split(':')[0]}"] = F.cross_entropy(logits[told][:, index], target[told][:, index].argmax(1)) * 0.3
+            losses[group[0].split(":")[0]] = F.cross_entropy(logits[told][:, index], target[told][:, index].argmax(1)) * 0.3
     sure = ~target.isnan() & ~grouped
     if sure.any():
         losses["labels"] = F.binary_cross_entropy_with_logits(logits[sure], target[sure])
