@@ -39,6 +39,7 @@ HINTS = {
     # choices
     "MANY_STUDIES": "read one at a time: for study in medvlm.studies(folder)",
     "MANY_IMAGES": "say which one: image=ID",
+    "NO_SUCH_STUDY": "use one of the ids above",
     "NO_SUCH_IMAGE": "use one of the ids above",
     # models, data and usage
     "UNKNOWN_TARGET": "ask for one of the names above",

@@ -47,7 +47,11 @@ def table(study: Study, file: IO[str] | None = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(file=file, highlight=False, markup=False, emoji=False)
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:  # rich would end the program with status 1
+            raise BrokenPipeError
+
+    console = Piped(file=file, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 160  # a pipe has no edge to wrap at
     data = summary(study)

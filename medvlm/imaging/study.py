@@ -22,7 +22,7 @@ from .files import Scratch, unzip, walk
 from .scan import Image, Lazy, Study, Volume
 
 MODALITIES = (
-    "xray", "ct", "mr", "pet", "ct_or_mr", "fundus", "pathology", "ultrasound", "endoscopy", "dermoscopy", "oct", "other", "unknown",
+    "xray", "ct", "mr", "pet", "nm", "ct_or_mr", "fundus", "pathology", "ultrasound", "endoscopy", "dermoscopy", "oct", "other", "unknown",
 )  # fmt: skip
 POLICIES = ("strict", "fill", "resample")
 HASHED = 16 << 20
@@ -47,7 +47,7 @@ def read(source: Any, policy: str = "strict", *, modality: str | None = None, sp
 
     Raises:
         FileError, GeometryError: nothing could be read; the message is that of the first file that was refused.
-        ChoiceError: MANY_STUDIES, or NO_SUCH_IMAGE when no study has the id.
+        ChoiceError: MANY_STUDIES, NO_SUCH_STUDY.
         UsageError: BAD_ARGUMENT.
     """
     if isinstance(source, Study):
@@ -57,19 +57,19 @@ def read(source: Any, policy: str = "strict", *, modality: str | None = None, sp
         return _from_array(source, modality, spacing, affine)
     batch = _Batch(source, modality, affine)
     found = batch.dicom(policy) if batch.dicoms else []
-    if batch.loose and (not found or not batch.walked):
+    if found:
+        batch.leave_out()
+    if batch.loose:
         loose = batch.together()
         if loose and len(found) == 1:  # named one by one beside one DICOM study: all of one examination
             found = [Study(found[0].id, found[0].patient, (*found[0].images, *loose.images), found[0].report, found[0]._warnings)]
         elif loose:
             found.append(loose)
-    elif batch.loose:
-        batch.notes.append(f"LEFT_OUT: {len(batch.loose)} NIfTI or picture files beside the DICOM were left out; read them by name")
     batch.raise_if_empty(found)
     if study is not None:
         chosen = [s for s in found if s.id == study]
         if not chosen:
-            raise ChoiceError(f"{batch.what} holds no study {study!r}; it holds: {_list(found)}", "NO_SUCH_IMAGE", "use one of the ids above")
+            raise ChoiceError(f"{batch.what} holds no study {study!r}; it holds: {_list(found)}", "NO_SUCH_STUDY")
         found = chosen
     if len(found) > 1:
         raise ChoiceError(f"{batch.what} holds {len(found)} studies: {_list(found)}", "MANY_STUDIES")
@@ -90,7 +90,7 @@ def studies(folder: Any, policy: str = "strict", *, modality: str | None = None,
     refused, batch.refused = batch.refused, []
     for s in found:
         yield _finish(s, batch, modality, spacing, affine)
-    for path, what, reader in batch.loose:
+    for path, what, reader, _ in batch.loose:
         try:
             yield _finish(Study(_file_id([path]), images=reader(path, what, batch.ids())), batch, modality, spacing, affine)
         except (MedVLMError, OSError) as e:
@@ -110,9 +110,8 @@ class _Batch:
         self.notes: list[str] = []
         self.refused: list[tuple[str, MedVLMError]] = []
         self.dicoms: list[Path] = []
-        self.loose: list[tuple[Path, str, Callable]] = []
+        self.loose: list[tuple[Path, str, Callable, bool]] = []  # file, name in messages, reader, named by the caller
         self.skipped = 0
-        self.walked = False
         sources = source if isinstance(source, (list, tuple)) else [source]
         if not sources:
             raise UsageError("there is nothing to read: the list is empty", "BAD_ARGUMENT")
@@ -120,12 +119,9 @@ class _Batch:
             if not isinstance(s, (str, os.PathLike)):
                 raise UsageError(f"read takes paths, a NumPy array or a Study, not {type(s).__name__}", "BAD_ARGUMENT")
         self.what = str(sources[0]) if len(sources) == 1 else f"the list of {len(sources)} paths"
-        files: list[tuple[Path, str]] = []
-        for s in sources:
-            files += self._files(s)
+        files = [f for s in sources for f in self._files(s)]
         self.keep = keep and len(files) == 1
-        typed = not self.walked
-        for path, what in files:
+        for path, what, typed in files:
             try:
                 self._sort(path, what, typed)
             except OSError as e:
@@ -133,14 +129,11 @@ class _Batch:
         if self.skipped:
             self.notes.append(f"SKIPPED: {self.skipped} files that are no images were skipped")
 
-    def _files(self, source) -> list[tuple[Path, str]]:
+    def _files(self, source) -> list[tuple[Path, str, bool]]:
         typed, path = str(source), Path(source)
         if "\0" in typed:
             raise FileError("the path holds a zero byte", "NOT_FOUND")
         try:
-            if path.is_file() and path.name.upper() == "DICOMDIR":
-                # its records are only names; the files themselves say what they are
-                path, typed = path.resolve().parent, f"the folder of {typed}"
             if path.is_dir():
                 return self._walk(path, typed)
             if not path.exists():
@@ -155,12 +148,12 @@ class _Batch:
                 return self._walk(scratch.path, typed)
         except OSError as e:
             raise _os_error(e, typed) from e
-        return [(path, typed)]
+        return [(path, typed, True)]
 
-    def _walk(self, folder: Path, typed: str) -> list[tuple[Path, str]]:
-        self.walked = True
+    def _walk(self, folder: Path, typed: str) -> list[tuple[Path, str, bool]]:
+        # a DICOMDIR only names files, and here they all are
         files = [p for p in walk(folder, typed) if p.name.upper() != "DICOMDIR"]
-        return [(p, f"file {n} of {len(files)} in name order in {typed}") for n, p in enumerate(files, 1)]
+        return [(p, f"file {n} of {len(files)} in name order in {typed}", False) for n, p in enumerate(files, 1)]
 
     def _sort(self, path: Path, what: str, typed: bool) -> None:
         from . import nifti, raster
@@ -173,10 +166,10 @@ class _Batch:
         elif not head and (typed or name.endswith(PICTURES)):
             self.refused.append((what, FileError(f"{what} is empty", "TRUNCATED")))
         elif raster.kind(head):
-            self.loose.append((path, what, self._raster))
+            self.loose.append((path, what, self._raster, typed))
         elif nifti.kind(path, head):
             if typed or not nifti.has_header_beside(path):  # in a folder the header speaks for both halves
-                self.loose.append((path, what, self._nifti))
+                self.loose.append((path, what, self._nifti, typed))
         elif _is_dicom(path):
             self.dicoms.append(path)
         elif typed or name.endswith(PICTURES):
@@ -218,10 +211,16 @@ class _Batch:
             self.refused.append((self.what, _os_error(e, f"a DICOM file of {self.what}")))
         return []
 
+    def leave_out(self) -> None:
+        """Beside DICOM, keep only the other files that the caller named: nothing says whose the rest are."""
+        there, self.loose = self.loose, [f for f in self.loose if f[3]]
+        if n := len(there) - len(self.loose):
+            self.notes.append(f"LEFT_OUT: {n} NIfTI or picture files beside the DICOM were left out; read them by name")
+
     def together(self) -> Study | None:
         """All other images as one study."""
         ids, images, files = self.ids(), [], []
-        for path, what, reader in self.loose:
+        for path, what, reader, _ in self.loose:
             try:
                 images += reader(path, what, ids)
                 files.append(path)

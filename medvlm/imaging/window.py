@@ -57,24 +57,24 @@ def apply(values: np.ndarray, centre: float, width: float, function: str = "line
 def display(image: Image | Volume) -> np.ndarray:
     """What a viewer shows: uint8 (H, W) or (H, W, 3), or (D, H, W[, 3]) for a volume.
 
-    The file's own VOI table comes first, then its first valid window, else the percentiles ``TAILS``; display values
-    (unit "uint8") without either stay as they are. MONOCHROME1 (``info["inverted"]``) is inverted here, once, and
+    The file's own VOI table (``info["voi_lut"]``) comes first, then its first valid window (``info["windows"]``, with
+    ``info["voi_function"]``), else the percentiles ``TAILS`` without padding; 8-bit values without either stay as they are. MONOCHROME1 (``info["inverted"]``) is inverted here, once, and
     nowhere else: pixels are never stored inverted. Windows that cannot be are skipped and warned about.
     """
     array = image.voxels if isinstance(image, Volume) else image.pixels
-    return show(array, image.unit, image.info)
+    return show(array, image.info)
 
 
-def show(array: np.ndarray, unit: str, info: Mapping[str, Any]) -> np.ndarray:
-    """:func:`display` for an array (C, H, W) or (C, D, H, W) with the unit and info of its image."""
-    window = None if info.get("voi_lut") else _first_window(info)
+def show(array: np.ndarray, info: Mapping[str, Any]) -> np.ndarray:
+    """:func:`display` for an array (C, H, W) or (C, D, H, W) with the info of its image."""
+    tables, window = info.get("voi_lut"), None if info.get("voi_lut") else _first_window(info)
     if array.shape[0] == 3:  # colour has no window in DICOM or elsewhere
         shown = array if array.dtype == np.uint8 else _byte(_full_range(array))
-    elif info.get("voi_lut"):
-        shown = _byte(_through_table(array, info["voi_lut"]))
+    elif tables:
+        shown = _byte(_through_table(array, tables[0]))
     elif window is not None:
         shown = _byte(apply(array, *window))
-    elif array.dtype == np.uint8 and unit == "uint8":
+    elif array.dtype == np.uint8:
         shown = array
     else:
         shown = _byte(_between_tails(array, info.get("padding")))
@@ -84,9 +84,8 @@ def show(array: np.ndarray, unit: str, info: Mapping[str, Any]) -> np.ndarray:
 
 
 def _first_window(info: Mapping[str, Any]) -> tuple[float, float, str] | None:
-    for given in info.get("windows") or ():
-        centre, width, *rest = given
-        function = (rest[0] if rest else info.get("voi_function") or "linear").lower().replace("_", " ")
+    function = str(info.get("voi_function") or "linear").lower().replace("_", " ")
+    for centre, width, *_ in info.get("windows") or ():
         if function in FUNCTIONS and _valid(centre, width, function):
             return float(centre), float(width), function
         note = f"BAD_WINDOW: the {function} window {centre:g} / {width:g} cannot be and was skipped"
@@ -100,23 +99,25 @@ def _valid(centre, width, function: str) -> bool:
 
 
 def _through_table(array: np.ndarray, table: Mapping[str, Any]) -> np.ndarray:
-    data = np.asarray(table["data"])
-    index = np.clip(np.rint(np.nan_to_num(array, nan=table["first"])).astype(np.int64) - int(table["first"]), 0, len(data) - 1)
-    bits = table.get("bits") or max(8, int(data.max()).bit_length())
-    return data[index].astype(np.float32) / np.float32(2**bits - 1)
+    """Values below and above the table get its first and last entry. Source: DICOM PS3.3 C.11.2.1.1."""
+    first, entries = int(table["first"]), np.asarray(table["values"])
+    index = np.rint(np.nan_to_num(array, nan=first, posinf=first + len(entries), neginf=first)).astype(np.int64) - first
+    return entries[np.clip(index, 0, len(entries) - 1)].astype(np.float32) / np.float32(2 ** int(table["bits"]) - 1)
 
 
-def _between_tails(array: np.ndarray, padding=None) -> np.ndarray:
-    finite = array[np.isfinite(array)] if array.dtype.kind == "f" else array.ravel()
-    if padding is not None and (seen := finite[finite != padding]).size:
-        finite = seen
-    if not finite.size:
+def _between_tails(array: np.ndarray, padding: tuple[float, float] | None = None) -> np.ndarray:
+    seen = array.ravel()
+    if seen.size > 1 << 22:  # a regular sample is as good as all voxels of a large volume
+        seen = seen[:: seen.size >> 22]
+    if seen.dtype.kind == "f":
+        seen = seen[np.isfinite(seen)]
+    if padding is not None and (inside := seen[(seen < padding[0]) | (seen > padding[1])]).size:
+        seen = inside
+    if not seen.size:
         return np.zeros(array.shape, np.float32)
-    if finite.size > 1 << 22:  # a regular sample is as good as all voxels of a large volume
-        finite = finite[:: finite.size >> 22]
-    low, high = np.percentile(finite, TAILS)
+    low, high = np.percentile(seen, TAILS)
     if high <= low:
-        low, high = float(finite.min()), float(finite.max())
+        low, high = float(seen.min()), float(seen.max())
     if high <= low:
         return np.zeros(array.shape, np.float32)
     scaled = (array.astype(np.float32) - np.float32(low)) / np.float32(high - low)
