@@ -262,8 +262,8 @@ def _webp_size(path: Path, what: str) -> tuple[int, int]:
     """(H, W) of the canvas. Source: RFC 9649, sections 2.5 to 2.7."""
     with open(path, "rb") as f:
         head = f.read(32)
-    if len(head) < 30:
-        raise FileError(f"{what} ends inside its header", "TRUNCATED")
+    if len(head) < 30 or int.from_bytes(head[4:8], "little") + 8 > path.stat().st_size:
+        raise FileError(f"{what} ends before its picture does", "TRUNCATED")
     if head[12:16] == b"VP8X":
         width, height = (int.from_bytes(head[at : at + 3], "little") + 1 for at in (24, 27))
     elif head[12:16] == b"VP8L":
@@ -274,19 +274,33 @@ def _webp_size(path: Path, what: str) -> tuple[int, int]:
     return height, width
 
 
+class _Ears(logging.Filter):
+    """Keeps what tifffile would print: it says there, and nowhere else, that a page is missing."""
+
+    def __init__(self):
+        super().__init__()
+        self.errors = 0
+
+    def filter(self, record):
+        self.errors += record.levelno >= logging.ERROR
+        return False
+
+
 @contextmanager
 def _tiff_file(path: Path, what: str):
     import tifffile
 
-    log = logging.getLogger("tifffile")
-    before, log.disabled = log.disabled, True  # it prints what it finds wrong; here that is raised or warned
+    log, ears = logging.getLogger("tifffile"), _Ears()
+    log.addFilter(ears)
     try:
         with tifffile.TiffFile(path) as tiff:
             yield tiff
     except tifffile.TiffFileError as e:
         raise FileError(f"{what} is not a whole TIFF file", "TRUNCATED") from e
     finally:
-        log.disabled = before
+        log.removeFilter(ears)
+    if ears.errors:
+        raise FileError(f"{what} is not a whole TIFF file", "TRUNCATED")
 
 
 def _tiff_pages(path: Path, what: str) -> tuple[list[int], list[str]]:
@@ -302,7 +316,7 @@ def _tiff_pages(path: Path, what: str) -> tuple[list[int], list[str]]:
     except Exception as e:  # tifffile on damaged directories
         raise FileError(f"{what} is not a whole TIFF file", "TRUNCATED") from e
     if not pages:
-        raise FileError(f"{what} holds no full-size picture", "CORRUPT")
+        raise FileError(f"{what} ends before its first page", "TRUNCATED")
     return pages, [f"PAGES: {small} reduced copies were left out"] if small else []
 
 

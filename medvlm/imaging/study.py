@@ -206,7 +206,7 @@ class _Batch:
         try:
             return list(read_dicom(self.dicoms, policy))
         except MedVLMError as e:
-            self.refused.append((f"the DICOM files of {self.what}", e))
+            self.refused.append((self.what, type(e)(f"{self.what}: {e.message}", e.code, e.hint)))
         except OSError as e:
             self.refused.append((self.what, _os_error(e, f"a DICOM file of {self.what}")))
         return []
