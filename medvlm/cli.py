@@ -60,8 +60,223 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_model(parser: Parser) -> None:
+    """The arguments that every verb that runs a model has."""
+    parser.add_argument("--model", default="medvlm-tiny", help="a bundled model or a model's folder (default: medvlm-tiny)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument("--image", metavar="ID", help="which image, where the study holds several (see medvlm show)")
+
+
+def analyze_arguments(parser: Parser) -> None:
+    add_study(parser, many=True)
+    add_model(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for report.json, report.md, masks and preview.png")
+
+
+def analyze(args: argparse.Namespace) -> int:
+    """the main job: report.json, report.md, masks and preview.png of a study; one folder a study when there are several"""
+    from .errors import ChoiceError
+    from .imaging.study import read
+    from .reading import analyze, analyze_many, spoken
+
+    study = None
+    if len(args.study) == 1:
+        try:
+            study = read(args.study[0], args.policy, modality=args.modality, study=args.study_id)
+        except ChoiceError as e:
+            if e.code != "MANY_STUDIES":
+                raise
+    model = _model(args)
+    if study is not None:
+        record = analyze(study, model, args.out)
+        print(json.dumps(record) if args.json else f"{spoken(record)}\nwritten to {args.out}")
+        return 0
+    from tqdm import tqdm
+
+    failed = 0
+    for source, record in tqdm(analyze_many(args.study, model, args.out, args.policy, args.modality), desc="studies", unit="study", disable=args.json or None):
+        failed += "error" in record
+        print(json.dumps({"source": source, **record}) if args.json else f"{record.get('study')}: {record.get('error') or record['out_of_scope'] or 'read'}")
+    if failed:
+        print(f"medvlm: {failed} of the studies could not be read; see the lines above", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def ask_arguments(parser: Parser) -> None:
+    add_study(parser)
+    add_model(parser)
+    parser.add_argument("question", nargs="+", metavar="QUESTION", help="one or more questions, each in quotes")
+
+
+def ask(args: argparse.Namespace) -> int:
+    """answers to questions about a study, each with its probability"""
+    from .predictors.base import check_question
+
+    questions = [check_question(q) for q in args.question]
+    study = read_study(args)
+    model = _model(args)
+    for question in questions:
+        answer = model.ask(study, question, image=args.image)
+        if args.json:
+            print(json.dumps(answer.to_json(question)))
+        else:
+            places = "" if not answer.regions else "   seen in: " + ", ".join(r.label for r in answer.regions)
+            print(f"{question}\n  {answer.text}   ({answer.probability:.0%}){places}")
+    if not args.json:
+        print(_notice())
+    return 0
+
+
+def report_arguments(parser: Parser) -> None:
+    add_study(parser)
+    add_model(parser)
+
+
+def report(args: argparse.Namespace) -> int:
+    """findings and impression in sentences, each tied to what was looked for and where"""
+    study = read_study(args)
+    found = _model(args).report(study, image=args.image)
+    if args.json:
+        sentences = [{"section": s.section, "text": s.text, "findings": list(s.findings), "regions": [r.to_json() for r in s.regions]} for s in found.sentences]
+        print(json.dumps({"study": study.id, "findings": found.findings, "impression": found.impression, "sentences": sentences,
+                          "out_of_scope": found.out_of_scope, "notice": found.notice}))  # fmt: skip
+    else:
+        print(found)
+    return 0
+
+
+def segment_arguments(parser: Parser) -> None:
+    add_study(parser)
+    add_model(parser)
+    parser.add_argument("target", nargs="+", metavar="TARGET", help='what to outline, e.g. "left lung"')
+    parser.add_argument("--out", required=True, metavar="PATH", help="a .nii.gz or .png file for one target, a folder for several")
+
+
+def segment(args: argparse.Namespace) -> int:
+    """outlines of named targets on the image's own grid; an absent target gives an empty mask"""
+    from pathlib import Path
+
+    study = read_study(args)
+    model = _model(args)
+    out = Path(args.out)
+    single = len(args.target) == 1 and out.suffix
+    found = [model.segment(study, target, image=args.image) for target in args.target]
+    for result in found:
+        ending = ".png" if result.mask.ndim == 2 else ".nii.gz"
+        path = out if single else out / (result.label.replace(" ", "-") + ending)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result.save(path)
+        if args.json:
+            print(json.dumps(result.region.to_json(str(path)) | {"voxels": int(result.mask.sum())}))
+        else:
+            state = f"{int(result.mask.sum())} pixels" if result.mask.any() else "absent: the mask is empty"
+            print(f"{result.label}: {state} (present {result.present:.0%}) -> {path}")
+    if not args.json:
+        print(_notice())
+    return 0
+
+
+def classify_arguments(parser: Parser) -> None:
+    add_study(parser)
+    add_model(parser)
+    parser.add_argument("label", nargs="+", metavar="LABEL", help="findings, e.g. pneumonia")
+
+
+def classify(args: argparse.Namespace) -> int:
+    """calibrated probability of each label"""
+    study = read_study(args)
+    chances = _model(args).classify(study, args.label, image=args.image)
+    if args.json:
+        print(json.dumps({k: round(v, 4) for k, v in chances.items()}))
+    else:
+        for label, chance in chances.items():
+            print(f"{label}: {chance:.0%}")
+        print(_notice())
+    return 0
+
+
+def train_arguments(parser: Parser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE|FILE.py", help="a recipe of `medvlm list recipes`, or a file that defines RECIPE")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="e.g. stages.see.lr=2e-5 or args.size=320; may be repeated")
+    parser.add_argument("--data", default="data", metavar="DIR", help="folder of data sets, each with a manifest.jsonl (default: data)")
+    parser.add_argument("--out", required=True, metavar="RUN", help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from the last state in --out")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp16", "no"))
+    parser.add_argument("--device", help="cpu to stay off the GPU")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def train(args: argparse.Namespace) -> int:
+    """train a recipe; the run's folder holds log, state and, at the end, the model"""
+    from .recipes.base import load, override
+    from .train.loop import train
+
+    folder = train(override(load(args.recipe), args.set), args.data, args.out, args.resume, args.seed, args.device, args.precision)
+    print(json.dumps({"model": str(folder)}) if args.json else f"the model is in {folder}")
+    return 0
+
+
+def demo_arguments(parser: Parser) -> None:
+    parser.add_argument("study", nargs="*", metavar="STUDY", help="studies to open (default: the examples)")
+    parser.add_argument("--model", default="medvlm-tiny", help="a bundled model or a model's folder")
+    parser.add_argument("--device", help="cpu, cuda, ...")
+    parser.add_argument("--port", type=int, default=7860)
+
+
+def demo(args: argparse.Namespace) -> int:
+    """the review page in a browser, on this machine only"""
+    from .demo.app import launch
+
+    launch(args.study, args.model, args.device, args.port)
+    return 0
+
+
+def list_arguments(parser: Parser) -> None:
+    parser.add_argument("what", choices=("encoders", "projectors", "heads", "recipes", "models"))
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def list_parts(args: argparse.Namespace) -> int:
+    """what there is to build with, one line each"""
+    if args.what == "models":
+        from .predictors import BUNDLED
+
+        found = {p.parent.name: "bundled" for p in sorted(BUNDLED.glob("*/config.json"))}
+    else:
+        from .vlm import names
+
+        found = names(args.what, "RECIPE" if args.what == "recipes" else "build")
+    if args.json:
+        print(json.dumps(found))
+    else:
+        width = max(map(len, found), default=0)
+        print("\n".join(f"{name:<{width}}  {about}" for name, about in found.items()) or f"there are no {args.what}")
+    return 0
+
+
+def _model(args: argparse.Namespace):
+    from .predictors import load
+
+    return load(args.model, args.device)
+
+
+def _notice() -> str:
+    from .sample import NOTICE
+
+    return NOTICE
+
+
 VERBS: dict[str, tuple[Callable[[Parser], None], Callable[[argparse.Namespace], int]]] = {
     "show": (show_arguments, show),
+    "analyze": (analyze_arguments, analyze),
+    "ask": (ask_arguments, ask),
+    "report": (report_arguments, report),
+    "segment": (segment_arguments, segment),
+    "classify": (classify_arguments, classify),
+    "train": (train_arguments, train),
+    "demo": (demo_arguments, demo),
+    "list": (list_arguments, list_parts),
 }
 
 

@@ -1,0 +1,172 @@
+"""The main job: studies in; report.json, report.md, masks and preview.png out, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import MedVLMError, UsageError
+from .imaging import export
+from .imaging.scan import Image, Study
+from .predictors.base import Model, json_ready
+from .sample import NOTICE, Region, Report, rounded
+
+
+def analyze(study: Study, model: Model, out: str | Path) -> dict[str, Any]:
+    """Read a study and write the results into a folder; gives what report.json holds.
+
+    Files of an earlier run in ``out`` are replaced, report.json last; anything else in it is left alone.
+
+    Raises:
+        UsageError: CANNOT_WRITE when the folder cannot be made or written.
+    """
+    out = Path(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written ({error.strerror})", "CANNOT_WRITE") from error
+    try:
+        record = _write(study, model, fresh)
+        out.mkdir(exist_ok=True)
+        shutil.rmtree(out / "masks", ignore_errors=True)
+        for path in sorted(fresh.iterdir(), key=lambda p: p.name == "report.json"):
+            os.replace(path, out / path.name)
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written ({error.strerror})", "CANNOT_WRITE") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return record
+
+
+def analyze_many(sources: Sequence[str | Path], model: Model, out: str | Path, policy: str = "strict",
+                 modality: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:  # fmt: skip
+    """Every study of every source into ``out/<study id>``; gives (source, record), an error as {"error": ...}.
+
+    A study that this model has already read into ``out`` is not read again, so a stopped run goes on where it was.
+    """
+    from .imaging.study import studies
+
+    for source in sources:
+        try:
+            for study in studies(source, policy, modality=modality):
+                folder = Path(out) / study.id
+                done = folder / "report.json"
+                if done.is_file() and (old := json.loads(done.read_text()))["model"]["sha256"] == model.sha256:
+                    yield str(source), old
+                    continue
+                try:
+                    yield str(source), analyze(study, model, folder)
+                except MedVLMError as error:
+                    yield str(source), {"study": study.id, "error": f"{error.code}: {error.message}"}
+        except MedVLMError as error:
+            yield str(source), {"study": None, "error": f"{error.code}: {error.message}"}
+
+
+def _write(study: Study, model: Model, folder: Path) -> dict[str, Any]:
+    reports = {image.id: (image, model.report(study, image=image.id)) for image in study.images}
+    read = {name: pair for name, pair in reports.items() if pair[1].out_of_scope is None}
+    reasons = list(dict.fromkeys(r.out_of_scope for _, r in reports.values() if r.out_of_scope))
+    findings, said, absent, structures = [], [], [], []
+    for name, (image, report) in read.items():
+        paths = _save_masks(folder, image, report, model, study)
+        offset = len(findings)
+        for finding in report.looked_for:
+            findings.append({
+                "label": finding.label, "present": finding.present, "probability": rounded(finding.probability),
+                "regions": [r.to_json(paths.get(r.label)) for r in finding.regions],
+                "measurements": [{"name": m.name, "value": rounded(m.value), "unit": m.unit} for m in finding.measurements],
+            })  # fmt: skip
+        absent += [f.label for f in report.looked_for if not f.present]
+        said += [{"section": s.section, "text": s.text, "findings": [offset + k for k in s.findings]} for s in report.sentences]
+        structures += [r.to_json(paths.get(r.label)) for r in _structures(report, model, study, name)]
+        drawn = _structures(report, model, study, name) + [r for f in report.looked_for if f.present for r in f.regions if r.label == f.label]
+        picture = folder / ("preview.png" if name == next(iter(read)) else f"preview-{name}.png")
+        lines = [(f"{s.text} ({report.looked_for[s.findings[0]].probability:.0%})" if s.findings else s.text, [r.label for r in s.regions])
+                 for s in report.sentences]  # fmt: skip
+        export.save_preview(image, drawn, lines, picture, f"{model.name} {model.version}", NOTICE)
+    warnings = list(study.warnings) + ([f"NOT_READ: {r}" for r in reasons] if read else [])
+    record = json_ready({
+        "study": study.id, "model": {"name": model.name, "version": model.version, "sha256": model.sha256},
+        "images": [{"id": i.id, "modality": i.modality, "size": list(i.shape[1:]), "spacing": i.spacing and [rounded(s, 6) for s in i.spacing],
+                    "warnings": list(i.info["warnings"])} for i in study.images],
+        "findings": findings, "looked_for_absent": absent, "structures": structures, "sentences": said, "warnings": warnings,
+        "out_of_scope": None if read else "; ".join(reasons) or "the study holds no image", "notice": NOTICE,
+    })  # fmt: skip
+    (folder / "report.md").write_text(markdown(record), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
+    return record
+
+
+def _structures(report: Report, model: Model, study: Study, image: str) -> list[Region]:
+    """Outlined anatomy: regions of the report whose label is no finding."""
+    labels = {f.label for f in report.looked_for}
+    return list({r.label: r for f in report.looked_for for r in f.regions if r.label not in labels}.values())
+
+
+def _save_masks(folder: Path, image, report: Report, model: Model, study: Study) -> dict[str, str]:
+    """{label: path relative to the folder} of every region's mask: PNG for pictures, NIfTI for volumes."""
+    paths: dict[str, str] = {}
+    for region in (r for f in report.looked_for for r in f.regions):
+        if region.mask is None or region.label in paths:
+            continue
+        name = re.sub(r"[^a-z0-9]+", "-", region.label.lower()).strip("-")
+        ending = ".png" if isinstance(image, Image) else ".nii.gz"
+        path = folder / "masks" / f"{image.id}_{name}{ending}"
+        path.parent.mkdir(exist_ok=True)
+        if ending == ".png":
+            export.save_mask_png(region.mask, path)
+        else:
+            export.save_mask_nifti(image, region.mask, path)
+        paths[region.label] = str(path.relative_to(folder))
+    return paths
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """report.json as a page to read."""
+    lines = [f"# Reading of {record['study']}", "", f"> {record['notice']}", ""]
+    lines += [f"Model: {record['model']['name']} {record['model']['version']}", ""]
+    for image in record["images"]:
+        spacing = "spacing unknown" if not image["spacing"] else " x ".join(f"{s:g}" for s in image["spacing"]) + " mm"
+        lines.append(f"- {image['id']}: {image['modality']}, {' x '.join(map(str, image['size']))}, {spacing}")
+    if record["out_of_scope"]:
+        lines += ["", f"**No reading:** {record['out_of_scope']}."]
+    else:
+        lines += ["", "![preview](preview.png)"]
+    for section in ("findings", "impression"):
+        said = [s for s in record["sentences"] if s["section"] == section]
+        if said:
+            lines += ["", f"## {section.title()}", ""]
+            for s in said:
+                places = sorted({r["label"] for k in s["findings"] for r in record["findings"][k]["regions"]})
+                chance = ", ".join(f"{record['findings'][k]['probability']:.0%}" for k in s["findings"])
+                lines.append(f"- {s['text']} (probability of presence {chance}; seen in: {', '.join(places) or 'no outline'})")
+    measured = [(f["label"], m) for f in record["findings"] for m in f["measurements"]]
+    if measured:
+        lines += ["", "## Measurements", ""]
+        lines += [f"- {label}: {m['name']} {m['value']:g}{'' if m['unit'] == '1' else ' ' + m['unit']}" for label, m in measured]
+    if record["warnings"]:
+        lines += ["", "## Warnings", "", *[f"- {w}" for w in record["warnings"]]]
+    return "\n".join(lines) + "\n"
+
+
+def spoken(record: dict[str, Any]) -> str:
+    """A few lines for a terminal."""
+    if record.get("error"):
+        return f"{record['study'] or 'no study'}: {record['error']}"
+    if record["out_of_scope"]:
+        return f"No reading: {record['out_of_scope']}.\n{record['notice']}"
+    lines = []
+    for section in ("findings", "impression"):
+        lines.append(section.upper())
+        for s in (s for s in record["sentences"] if s["section"] == section):
+            chance = ", ".join(f"{record['findings'][k]['probability']:.0%}" for k in s["findings"])
+            places = sorted({r["label"] for k in s["findings"] for r in record["findings"][k]["regions"]})
+            lines.append(f"  {s['text']:<44} {chance:>4}  {', '.join(places)}")
+    return "\n".join([*lines, *[f"warning: {w}" for w in record["warnings"]], record["notice"]])
