@@ -252,16 +252,21 @@ def _finish(study: Study, batch: _Batch, modality, spacing, affine) -> Study:
             _set_spacing(image, spacing)
         if affine is not None and (isinstance(image, Image) or image.info.get("format") is None):
             raise UsageError(f"affine= is for volumes that do not say where they lie, and image {image.id} is not one", "BAD_ARGUMENT")
-        if batch.scratch and isinstance(image._array, Lazy):
-            image._array.load = _with(batch.scratch, image._array.load)
+        if isinstance(image._array, Lazy):
+            image._array.load = _guard(image._array.load, f"the file behind image {image.id}", batch.scratch)
     return Study(study.id, study.patient, study.images, study.report, warnings)
 
 
-def _with(held, load):
-    def hold():
-        return load() if held else None
+def _guard(load: Callable, what: str, held: list[Scratch]) -> Callable:
+    """``load`` with named errors; it holds on to the folders that an archive was unpacked to."""
 
-    return hold
+    def guarded(held=held):
+        try:
+            return load()
+        except OSError as e:
+            raise _os_error(e, what) from e
+
+    return guarded
 
 
 def _set_spacing(image, spacing) -> None:
