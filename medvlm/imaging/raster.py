@@ -107,7 +107,7 @@ def _decode(path: Path, what: str, form: str, page: int) -> tuple[np.ndarray, tu
                 pixels, spacing = _tiff(path, what, page, info, notes)
             else:
                 pixels = _pillow(path, what, form, notes)
-    except (MedVLMError, MemoryError):
+    except (MedVLMError, MemoryError, FileNotFoundError, PermissionError):
         raise
     except (EOFError, zlib.error, struct.error, IndexError) as e:
         raise FileError(f"{what} ends before its picture does", "TRUNCATED") from e
