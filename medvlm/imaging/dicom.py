@@ -113,9 +113,10 @@ def read_dicom(files: Iterable[Path], policy: str = "strict") -> list[Study]:
     files = list(files)
     found: dict[str, dict[str, list[list[Slice]]]] = {}
     refused: list[tuple[str, MedVLMError]] = []
+    damaged: dict[tuple[str, str], MedVLMError] = {}
     queue, known = list(enumerate(files, 1)), {str(f) for f in files}
     for ordinal, path in queue:
-        study = ""
+        study = series = ""
         try:
             head = read_header(path)
             if _is_directory(head):
@@ -124,18 +125,24 @@ def read_dicom(files: Iterable[Path], policy: str = "strict") -> list[Study]:
                 if not named and len(files) == 1:
                     raise FileError("none of the files that the DICOMDIR names is there", "NOT_FOUND")
                 continue
-            study = head.text("StudyInstanceUID")
+            study, series = head.text("StudyInstanceUID"), head.text("SeriesInstanceUID")
             _check_image(head)
             slices = _slices(head)
-            found.setdefault(study, {}).setdefault(head.text("SeriesInstanceUID"), []).append(slices)
+            found.setdefault(study, {}).setdefault(series, []).append(slices)
         except MedVLMError as error:
             if error.code == "UNSAFE_PATH":
                 raise
+            if error.code != "NOT_AN_IMAGE" and series:
+                damaged.setdefault((study, series), error)
             where = f"file {ordinal} of {len(files)}: " if len(files) > 1 else ""
             refused.append((study, type(error)(where + error.message, error.code, error.hint)))
     studies = []
     for uid, series in sorted(found.items()):
-        images, warnings, errors = _images(series, policy)
+        lost = [s for s in sorted(series) if (uid, s) in damaged and policy == "strict" and not _stands_alone(series[s])]
+        images, warnings, errors = _images({s: files for s, files in series.items() if s not in lost}, policy)
+        for s in lost:  # a series without one of its slices is not the series
+            count, error = len(series[s]), damaged[uid, s]
+            errors.append(_named(type(error)(f"its {count} other slice(s) were refused with the damaged one", error.code, error.hint), series[s][0]))
         errors = [e for u, e in refused if u in (uid, "")] + errors
         if images:
             first = images[0][1][0].head
@@ -248,13 +255,20 @@ def _named(error: MedVLMError, slices: list[Slice]) -> MedVLMError:
 
 
 def _objects(files: list[list[Slice]]) -> list[list[Slice]]:
-    """Single-frame files of a series together; a multi-frame file alone or with those of its concatenation."""
+    """Single-frame files of a series together; captures and multi-frame files alone or with those of their concatenation."""
     groups: dict[str, list[Slice]] = {}
     for slices in files:
         head = slices[0].head
-        key = "" if len(slices) == 1 and not head.text("ConcatenationUID") else head.text("ConcatenationUID") or head.text("SOPInstanceUID") or str(head.file.path)
+        key = head.text("ConcatenationUID")
+        if not key and (len(slices) > 1 or head.text("SOPClassUID").startswith(_SECONDARY)):
+            key = head.text("SOPInstanceUID") + str(head.file.path)
         groups.setdefault(key, []).extend(slices)
     return [groups[key] for key in sorted(groups)]
+
+
+def _stands_alone(files: list[list[Slice]]) -> bool:
+    """Whether each file of a series is a picture or a volume of its own."""
+    return len(files) > 0 and (len(files[0]) > 1 or files[0][0].head.text("Modality") not in _STACKED)
 
 
 def _stacks(slices: list[Slice]) -> bool:
@@ -355,7 +369,7 @@ def _image(slice: Slice, phase: dict) -> tuple[Image, list[Slice]]:
     info["warnings"] += said
     if slice.position is not None:
         info["affine"] = plane_affine(slice, mm, head.number("SliceThickness") or 1.0) if mm else None
-    elif head.text("Modality") in _STACKED:
+    elif head.text("Modality") in _STACKED and not head.text("SOPClassUID").startswith(_SECONDARY):
         info["warnings"].append("GEOMETRY_UNKNOWN: the slice has no position in the patient")
     layout = layouts[0]
 

@@ -1,7 +1,7 @@
 """The fast path: headers and pixels of plain uncompressed little-endian single-frame DICOM files, without pydicom.
 
-Whatever it does not know it leaves to pydicom by returning None: compressed or big-endian data, colour, several
-frames, look-up tables, functional groups, odd value representations, broken files.
+What it does not know it leaves to pydicom by returning None: compressed or big-endian data, colour, several frames,
+look-up tables, functional groups, odd value representations, broken files.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ EXPLICIT, IMPLICIT = b"1.2.840.10008.1.2.1", b"1.2.840.10008.1.2"
 PIXELS = 0x7FE00010
 UNDEFINED = 0xFFFFFFFF
 ITEM, ITEM_END, SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
-LONG = frozenset((b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"SQ", b"UN", b"UT", b"UC", b"UR", b"SV", b"UV"))
-SHORT = frozenset((b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FL", b"FD", b"IS", b"LO", b"LT", b"PN", b"SH", b"SL", b"SS", b"ST", b"TM", b"UI", b"UL", b"US"))  # fmt: skip
+LONG = frozenset(b"OB OW OF OD OL OV SQ UN UT UC UR SV UV".split())
+SHORT = frozenset(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split())
 FIRST_READ, LAST_READ = 16 << 10, 4 << 20
 DEPTH = 8
 """Sequences nested deeper than this, and headers longer than LAST_READ bytes, are left to pydicom."""
-
 _explicit = struct.Struct("<HH2sH").unpack_from
 _implicit = struct.Struct("<HHI").unpack_from
 _long = struct.Struct("<I").unpack_from
@@ -59,9 +58,7 @@ def header(path, wanted: frozenset[int], unknown: frozenset[int]):
             reach *= 16
     finally:
         os.close(fd)
-    if found is None or found == "short":
-        return None
-    return *found, size
+    return None if found is None or found == "short" else (*found, size)
 
 
 def _parse(head, wanted, unknown):
@@ -120,10 +117,10 @@ def _skip(head, at, explicit, depth):
                 return None
             group, element, length = _implicit(head, at)
             tag = group << 16 | element
+            vr = head[at + 4 : at + 6]
             if tag == ITEM_END:
                 at += 8
                 break
-            vr = head[at + 4 : at + 6]
             if explicit and vr in LONG:
                 length, at = _long(head, at + 8)[0], at + 12
             elif explicit and vr in SHORT:

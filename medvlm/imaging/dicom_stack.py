@@ -253,7 +253,7 @@ def arrange(slices: list[Slice], policy: str, same: Callable[[Slice, Slice], boo
         warnings.append(f"TILT: the stack leans by {tilt:.1f} degrees; the affine keeps the shear")
     last = count - 1
     drift = np.abs(along - along[0] - np.arange(count) * (total / last)).max()
-    if np.abs(steps / usual - 1).max() > EVEN or drift > 2 * EVEN * usual:
+    if np.abs(steps * last / total - 1).max() > EVEN or drift > 2 * EVEN * usual:
         said, code, at = _uneven(along, steps, usual)
         if policy == "strict" or (policy == "fill" and code != "GAP"):
             raise GeometryError(said, code)
