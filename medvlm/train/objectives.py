@@ -111,7 +111,7 @@ def classify(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
         grouped[index] = True
         told = (target[:, index] == 1).any(1)
         if told.any():
-            losses[group[0].split(":")[0]] = F.cross_entropy(logits[told][:, index], target[told][:, index].argmax(1)) * 0.3
+            losses[group[0].split(":")[0]] = F.cross_entropy(logits[told][:, index], (target[told][:, index] == 1).float().argmax(1)) * 0.3
     sure = ~target.isnan() & ~grouped
     if sure.any():
         losses["labels"] = F.binary_cross_entropy_with_logits(logits[sure], target[sure])
