@@ -1,0 +1,41 @@
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TEST_READY := $(VENV)/.test-ready
+BENCH_READY := $(VENV)/.bench-ready
+
+.PHONY: analyze test demo bench lint train clean
+
+analyze: $(READY)
+	$(BIN)/medvlm analyze examples/chest-xray/chest-xray.jpg --out out/chest-xray
+
+test: $(TEST_READY)
+	$(BIN)/python -m pytest
+
+demo: $(TEST_READY)
+	$(BIN)/medvlm demo
+
+bench: $(BENCH_READY)
+	$(BIN)/python benchmarks/read_ct.py
+
+lint: $(TEST_READY)
+	$(BIN)/ruff check medvlm tests benchmarks examples
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(READY): $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(TEST_READY): $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo]" "pytest>=8.4" "pytest-timeout>=2.3" "hypothesis>=6.120" "ruff>=0.12" "SimpleITK>=2.5" "playwright>=1.50" "scikit-learn>=1.5"
+	touch $@
+
+$(BENCH_READY): $(TEST_READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) out
