@@ -16,9 +16,9 @@ import numpy as np
 
 from ..errors import FileError, GeometryError, MedVLMError, UsageError
 from . import dicom_fast, limits
-from .dicom_header import Header, frames, import_pydicom, read_header
+from .dicom_header import Header, frames, import_pydicom, parsed, quiet, read_header
 from .dicom_pixels import LOSSY, Layout, load, table, whole_dtype
-from .dicom_stack import POLICIES, Slice, Stack, arrange, check_spacing, normal, plane_affine, spacing, split
+from .dicom_stack import POLICIES, Slice, Stack, arrange, check_spacing, plane_affine, spacing, split
 from .scan import Image, Lazy, Study, Volume
 
 MODALITIES = {
@@ -88,6 +88,7 @@ def _headless(head: bytes, size: int) -> bool:
     return False
 
 
+@quiet()
 def read_dicom(files: Iterable[Path], policy: str = "strict") -> list[Study]:
     """The studies that these files hold, in a stable order; a DICOMDIR stands for the files it names.
 
@@ -171,22 +172,24 @@ def _is_directory(head: Header) -> bool:
     dataset = head.file.dataset
     if dataset is None:
         return False
-    return str(getattr(dataset, "file_meta", {}).get("MediaStorageSOPClassUID", "")) == _DIRECTORY or "DirectoryRecordSequence" in dataset
+    meta = getattr(dataset, "file_meta", None)
+    kind = meta.get_item(0x00020002).value if meta is not None and 0x00020002 in meta else b""
+    return "DirectoryRecordSequence" in dataset or str(kind if isinstance(kind, str) else kind.decode("latin-1")).strip("\0 ") == _DIRECTORY
 
 
 def _referenced(head: Header, path: Path) -> list[Path]:
     """The files that a DICOMDIR names and that are there."""
-    folder = path.resolve().parent
-    there = []
-    for record in head.file.dataset.get("DirectoryRecordSequence") or ():
-        parts = record.get("ReferencedFileID") or []
-        parts = [str(parts)] if isinstance(parts, str) else [str(p) for p in parts]
-        if not parts:
-            continue
-        target = (folder / Path(*(p.replace("\\", "/") for p in parts))) if not any("\0" in p for p in parts) else Path("/")
-        if not target.resolve().is_relative_to(folder) or any(Path(p).is_absolute() or ":" in p for p in parts):
+    folder, there = path.resolve().parent, []
+
+    def names(record) -> list[str]:
+        value = record.get("ReferencedFileID") or []
+        return [value] if isinstance(value, str) else [str(v) for v in value]
+
+    for parts in parsed("the DICOMDIR", lambda: [names(r) for r in head.file.dataset.get("DirectoryRecordSequence") or ()]):
+        target = folder.joinpath(*(p.replace("\\", "/").replace("\0", "/..") for p in parts))
+        if ".." in target.parts or any(p.startswith(("/", "\\")) or ":" in p for p in parts) or not target.resolve().is_relative_to(folder):
             raise FileError("the DICOMDIR names a file outside its own folder", "UNSAFE_PATH")
-        if target.is_file():
+        if parts and target.is_file():
             there.append(path.parent / target.relative_to(folder))
     return there
 
@@ -202,10 +205,12 @@ def _check_image(head: Header) -> None:
 
 
 def _cut(head: Header) -> bool:
-    """Whether the last attribute reaches beyond the end of the file."""
-    dataset = head.file.dataset
-    ends = [e.value_tell + e.length for e in (dataset.get_item(t) for t in dataset.keys()) if hasattr(e, "value_tell") and hasattr(e, "length")]
-    return bool(ends) and not head.file.deflated and max(ends) > head.file.size
+    """Whether the last attribute reaches beyond the end of the file, or the first bytes of another one follow it."""
+    dataset, file = head.file.dataset, head.file
+    last = dataset.get_item(max(dataset.keys())) if len(dataset) else None
+    if file.deflated or not hasattr(last, "value_tell") or not hasattr(last, "length"):
+        return False
+    return last.length != dicom_fast.UNDEFINED and last.value_tell + last.length != file.size
 
 
 def _slices(head: Header) -> list[Slice]:
@@ -394,13 +399,13 @@ def _plane_spacing(head: Header) -> tuple[tuple[float, float] | None, list[str]]
         if mm is None or (mm == detector and _modality(head) == "xray"):
             return detector, ["DETECTOR_PLANE: the spacing holds at the detector, not in the patient"]
     if mm is None and head.file.dataset is not None and "SequenceOfUltrasoundRegions" in head.file.dataset:
-        regions = head.file.dataset.SequenceOfUltrasoundRegions
+        names = ("PhysicalUnitsXDirection", "PhysicalUnitsYDirection", "PhysicalDeltaY", "PhysicalDeltaX")
+        regions = parsed("the ultrasound regions", lambda: [[r.get(n) for n in names] for r in head.file.dataset.SequenceOfUltrasoundRegions])
         if len(regions) != 1:
             return None, [f"REGIONS: the picture has {len(regions)} regions, each with a spacing of its own"]
-        units = regions[0].get("PhysicalUnitsXDirection"), regions[0].get("PhysicalUnitsYDirection")
-        steps = regions[0].get("PhysicalDeltaY"), regions[0].get("PhysicalDeltaX")
-        if units == (3, 3) and None not in steps:  # both in centimetres; the sign only tells the direction
-            return check_spacing(tuple(10 * abs(float(s)) for s in steps), "the ultrasound region's spacing"), []
+        (across, down, high, wide) = regions[0]
+        if across == down == 3 and None not in (high, wide):  # both in centimetres; the sign only tells the direction
+            return check_spacing((10 * abs(high), 10 * abs(wide)), "the spacing of the ultrasound region"), []
     return mm, []
 
 
@@ -449,11 +454,9 @@ def _described(slices: list[Slice], layouts: list[Layout], phase: dict) -> tuple
         ends = [v * layout.slope + layout.intercept for v in (*padding[:1], *(head.numbers("PixelPaddingRangeLimit") or padding)[:1])]
         info["padding"] = min(ends), max(ends)
     dataset = head.file.dataset
-    if dataset is not None and dataset.get("VOILUTSequence"):
-        info["voi_lut"] = [
-            {"first": t[0], "bits": t[1], "values": t[2], "explanation": str(item.get("LUTExplanation", ""))}
-            for item in dataset.VOILUTSequence for t in [table(item)]
-        ]  # fmt: skip
+    if dataset is not None and "VOILUTSequence" in dataset:
+        tables = parsed("the VOI table", lambda: [(*table(item), str(item.get("LUTExplanation", ""))) for item in dataset.VOILUTSequence])
+        info["voi_lut"] = [dict(zip(("first", "bits", "values", "explanation"), t)) for t in tables]
     return dtype, unit, info
 
 

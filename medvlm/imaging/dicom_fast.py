@@ -49,13 +49,10 @@ def header(path, wanted: frozenset[int], unknown: frozenset[int]):
     """
     fd = os.open(path, os.O_RDONLY)
     try:
-        size, reach = os.fstat(fd).st_size, FIRST_READ
-        while True:
-            head = os.pread(fd, reach, 0)
-            found = _parse(head, wanted, unknown)
-            if found != "short" or len(head) >= size or reach >= LAST_READ:
-                break
-            reach *= 16
+        size, reach, found = os.fstat(fd).st_size, FIRST_READ, "short"
+        while found == "short" and reach <= LAST_READ:
+            found = _parse(os.pread(fd, reach, 0), wanted, unknown)
+            reach = reach * 16 if reach < size else LAST_READ + 1
     finally:
         os.close(fd)
     return None if found is None or found == "short" else (*found, size)
@@ -117,10 +114,10 @@ def _skip(head, at, explicit, depth):
                 return None
             group, element, length = _implicit(head, at)
             tag = group << 16 | element
-            vr = head[at + 4 : at + 6]
             if tag == ITEM_END:
                 at += 8
                 break
+            vr = head[at + 4 : at + 6]
             if explicit and vr in LONG:
                 length, at = _long(head, at + 8)[0], at + 12
             elif explicit and vr in SHORT:

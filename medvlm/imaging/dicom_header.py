@@ -6,17 +6,21 @@ place, strictly: a decimal comma, a NaN or a letter in a number is an error, nev
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import struct
+import threading
 import warnings
 import zlib
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileError, GeometryError
+from ..errors import FileError, GeometryError, MedVLMError
 from . import dicom_fast
 
 # How raw bytes become values: text, n = decimal or integer string, or a struct code; x = US or SS by PixelRepresentation.
@@ -190,19 +194,12 @@ def _slow(path) -> Header:
             file.seek(0)
             stream = BytesIO(inflated(file.read(), HEADER_BYTES))
         stream.seek(0)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                dataset = pydicom.dcmread(stream, stop_before_pixels=True, force=True)
-                implicit, little = dataset.original_encoding
-                values = _values(dataset)
-        except RecursionError:
-            raise FileError("its sequences are nested too deeply to be genuine", "CORRUPT") from None
-        except Exception as error:  # the parser raises many kinds, and their texts may quote the patient
-            raise FileError(f"its header cannot be parsed ({type(error).__name__})", "CORRUPT") from None
+        dataset = parsed("the header", lambda: pydicom.dcmread(stream, stop_before_pixels=True, force=True))
+        implicit, little = dataset.original_encoding
+        values = parsed("the header", lambda: _values(dataset))
+        syntax = parsed("the file meta", lambda: str(dataset.file_meta.get("TransferSyntaxUID", "")))
         offset = stream.tell()
         mark = stream.read(12)
-    syntax = str(dataset.file_meta.get("TransferSyntaxUID", "")) if hasattr(dataset, "file_meta") else ""
     syntax = syntax or {(True, True): "1.2.840.10008.1.2", (False, True): "1.2.840.10008.1.2.1"}.get((implicit, little), "1.2.840.10008.1.2.2")  # fmt: skip
     kept = File(path, syntax, None, None, size, little, deflated, "OW", dataset)
     order = "<" if little else ">"
@@ -249,14 +246,30 @@ def frames(head: Header) -> list[Header]:
     dataset = head.file.dataset
     if dataset is None or "PerFrameFunctionalGroupsSequence" not in dataset and "SharedFunctionalGroupsSequence" not in dataset:
         return [head] * count
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        shared = [_groups(item) for item in dataset.get("SharedFunctionalGroupsSequence") or ()]
-        each = [_groups(item) for item in dataset.get("PerFrameFunctionalGroupsSequence") or ()]
+    shared, each = (
+        parsed(name, lambda: [_groups(item) for item in dataset.get(name) or ()])  # noqa: B023
+        for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+    )
     if each and len(each) != count:
         raise FileError(f"NumberOfFrames is {count} but {len(each)} frames are described", "BAD_VALUE")
     common = {**head.values, **(shared[0] if shared else {})}
     return [Header(head.file, {**common, **(each[i] if each else {})}) for i in range(count)]
+
+
+def parsed(what: str, work: Callable[[], Any]) -> Any:
+    """What ``work`` makes of a pydicom data set.
+
+    Raises:
+        FileError: CORRUPT instead of the many kinds the parser raises, whose texts may quote the patient.
+    """
+    try:
+        return work()
+    except MedVLMError:
+        raise
+    except RecursionError:
+        raise FileError(f"{what}: sequences are nested too deeply to be genuine", "CORRUPT") from None
+    except Exception as error:
+        raise FileError(f"{what} cannot be parsed ({type(error).__name__})", "CORRUPT") from None
 
 
 def _groups(item) -> dict[int, bytes]:
@@ -282,6 +295,30 @@ def inflated(data: bytes, most: int) -> bytes:
         raise FileError("its deflated data are damaged", "CORRUPT") from None
 
 
+_quiet = {"lock": threading.Lock(), "depth": 0, "undo": None}
+
+
+@contextmanager
+def quiet():
+    """Silences the warnings and the log of pydicom, which quote values of the file; the last to leave restores them."""
+    with _quiet["lock"]:
+        _quiet["depth"] += 1
+        if _quiet["depth"] == 1:
+            logger, undo = logging.getLogger("pydicom"), ExitStack()
+            undo.callback(logger.setLevel, logger.level)
+            undo.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            logger.setLevel(logging.CRITICAL + 1)
+            _quiet["undo"] = undo
+    try:
+        yield
+    finally:
+        with _quiet["lock"]:
+            _quiet["depth"] -= 1
+            if _quiet["depth"] == 0:
+                _quiet["undo"].close()
+
+
 def import_pydicom():
     """pydicom, imported so that a folder named ``dl`` in the working directory cannot break python-gdcm and with it pydicom."""
     import sys
@@ -289,7 +326,7 @@ def import_pydicom():
     if "pydicom" not in sys.modules:
         sys.modules.setdefault("dl", None)
         try:
-            import pydicom.pixels  # noqa: F401
+            import pydicom.pixels
         finally:
             if sys.modules.get("dl", 0) is None:
                 del sys.modules["dl"]

@@ -7,21 +7,20 @@ of memory. Values above BitsStored are cleared, colour comes out as RGB, MONOCHR
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from ..errors import FileError
 from . import dicom_fast, limits
-from .dicom_header import File, Header, import_pydicom
+from .dicom_header import File, Header, import_pydicom, parsed, quiet
 
 JPEG = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81)}
 JPEG2000 = {f"1.2.840.10008.1.2.4.{n}" for n in (90, 91, 92, 93, 201, 202, 203)}
 JPEG_12_BIT, RLE = "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.5"
 NATIVE = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"}
 LOSSY = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 81)}
-CODECS = {**dict.fromkeys(JPEG, "python-gdcm"), **dict.fromkeys(JPEG2000, "pylibjpeg-openjpeg"), RLE: "pylibjpeg-rle"}
+CODECS = {**dict.fromkeys(JPEG, "python-gdcm"), **dict.fromkeys(JPEG2000, "pylibjpeg-openjpeg"), RLE: "pydicom"}
 
 
 class Layout:
@@ -67,7 +66,10 @@ class Layout:
             raise FileError("RescaleSlope is 0", "BAD_VALUE")
         self.slope, self.intercept = (slope, intercept) if self.rescaled else (1.0, 0.0)
         dataset = file.dataset
-        self.table = table(dataset.ModalityLUTSequence[0]) if dataset is not None and dataset.get("ModalityLUTSequence") else None
+        self.table = None
+        if dataset is not None and "ModalityLUTSequence" in dataset:
+            items = parsed("the modality table", lambda: list(dataset.ModalityLUTSequence))
+            self.table = table(items[0]) if items else None
         self.palette = self.photometric == "PALETTE COLOR"
         self.channels = 3 if self.palette or self.samples == 3 else 1
         self.dtype = self._dtype(head, hounsfield)
@@ -78,10 +80,7 @@ class Layout:
 
     def _dtype(self, head: Header, hounsfield: bool) -> np.dtype:
         if self.palette:
-            try:
-                bits = int(head.file.dataset.RedPaletteColorLookupTableDescriptor[2])
-            except (AttributeError, ValueError, IndexError, TypeError):
-                raise FileError("the colour palette is missing or damaged", "BAD_VALUE") from None
+            bits = parsed("the colour palette", lambda: int(head.file.dataset.RedPaletteColorLookupTableDescriptor[2]))
             return np.dtype(np.uint8 if bits <= 8 else np.uint16)
         if self.table is not None:
             return self.table[2].dtype
@@ -138,20 +137,18 @@ def table(item) -> tuple[int, int, np.ndarray]:
     Raises:
         FileError: BAD_VALUE when the descriptor and the data disagree.
     """
-    try:
-        count, first, bits = (int(n) for n in item.LUTDescriptor)
-        data = item.LUTData
-        values = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.atleast_1d(np.array(data, np.int64))
-        count = count or 1 << 16
-        if len(values) * 2 == count:  # two 8-bit entries packed in each word
-            values = values.astype("<u2").view(np.uint8)
-        if len(values) < count or not 0 < bits <= 16:
-            raise ValueError
-        return first, bits, values[:count].astype(np.uint8 if bits <= 8 else np.uint16)
-    except (AttributeError, ValueError, TypeError, OverflowError):
-        raise FileError("a look-up table is damaged", "BAD_VALUE") from None
+    count, first, bits = parsed("a look-up table", lambda: [int(n) for n in item.LUTDescriptor])
+    data = parsed("a look-up table", lambda: item.LUTData)
+    values = np.frombuffer(data, f"<u{1 + (len(data) >= 2 * count)}") if isinstance(data, bytes) else np.atleast_1d(np.array(data, np.int64))
+    count = count or 1 << 16
+    if len(values) * 2 == count:  # two 8-bit entries packed in each word
+        values = values.astype("<u2").view(np.uint8)
+    if len(values) < count or not 0 < bits <= 16:
+        raise FileError(f"a look-up table promises {count} entries of {bits} bits and has {len(values)}", "BAD_VALUE")
+    return first, bits, values[:count].astype(np.uint8 if bits <= 8 else np.uint16)
 
 
+@quiet()
 def load(heads: Sequence[tuple[Header, int]], layouts: Sequence[Layout], dtype: np.dtype) -> tuple[np.ndarray, float, float]:
     """(C, D, H, W) values after the modality LUT of D frames (header, frame number) of one size, their least and greatest.
 
@@ -162,35 +159,33 @@ def load(heads: Sequence[tuple[Header, int]], layouts: Sequence[Layout], dtype: 
     """
     first = layouts[0]
     out = np.empty((first.channels, len(heads), first.rows, first.columns), dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wanted: dict[int, list[int]] = {}
-        for i, (head, _) in enumerate(heads):
-            wanted.setdefault(id(head.file), []).append(i)
-        groups = list(wanted.values())
-        ends = np.empty((len(heads), 2))
-        share = max(1, min(len(groups), os.cpu_count() or 1, 8))
+    wanted: dict[int, list[int]] = {}
+    for i, (head, _) in enumerate(heads):
+        wanted.setdefault(id(head.file), []).append(i)
+    groups = list(wanted.values())
+    ends = np.empty((len(heads), 2))
+    share = max(1, min(len(groups), os.cpu_count() or 1, 8))
 
-        def work(part: int) -> None:
-            scratch = np.empty((first.rows, first.columns), first.stored)
-            for group in groups[part::share]:
-                frames = None if heads[group[0]][0].file.fast else stored(heads[group[0]][0], layouts[group[0]], [heads[i][1] for i in group])
-                for i in group:
-                    head, layout = heads[i][0], layouts[i]
-                    if frames is None:
-                        raw = scratch if layout.stored == first.stored else np.empty(scratch.shape, layout.stored)
-                        _fast(head.file, raw, layout.bits)
-                    else:
-                        raw = next(frames)
-                    ends[i] = _rescale(raw, layout, out[:, i])
+    def work(part: int) -> None:
+        scratch = np.empty((first.rows, first.columns), first.stored)
+        for group in groups[part::share]:
+            frames = None if heads[group[0]][0].file.fast else stored(heads[group[0]][0], layouts[group[0]], [heads[i][1] for i in group])
+            for i in group:
+                head, layout = heads[i][0], layouts[i]
+                if frames is None:
+                    raw = scratch if layout.stored == first.stored else np.empty(scratch.shape, layout.stored)
+                    _fast(head.file, raw, layout.bits)
+                else:
+                    raw = next(frames)
+                ends[i] = _rescale(raw, layout, out[:, i])
 
-        if share == 1:
-            work(0)
-        else:
-            from concurrent.futures import ThreadPoolExecutor
+    if share == 1:
+        work(0)
+    else:
+        from concurrent.futures import ThreadPoolExecutor
 
-            with ThreadPoolExecutor(share) as pool:
-                list(pool.map(work, range(share)))
+        with ThreadPoolExecutor(share) as pool:
+            list(pool.map(work, range(share)))
     return out, ends[:, 0].min(), ends[:, 1].max()
 
 
@@ -270,16 +265,15 @@ def stored(head: Header, layout: Layout, numbers: Sequence[int]) -> Iterator[np.
                 planar_configuration=head.whole("PlanarConfiguration", 0),
                 pixel_keyword="PixelData",
                 pixel_vr=file.vr,
+                decoding_plugin="pydicom" if file.syntax == RLE else "",  # pylibjpeg-rle panics on damaged data
             )
         except Exception as error:  # plugins raise many kinds
             if encoded is not None and _ends_early(data, file.syntax):
                 raise FileError(f"the compressed pixel data of frame {number + 1} are cut short", "TRUNCATED") from None
             raise FileError(f"frame {number + 1} cannot be decoded ({type(error).__name__})", "CORRUPT") from None
         if layout.palette:
-            try:
-                frame = import_pydicom().pixels.apply_color_lut(frame, file.dataset)[..., :3]
-            except Exception as error:
-                raise FileError(f"the colour palette is damaged ({type(error).__name__})", "BAD_VALUE") from None
+            indices = frame
+            frame = parsed("the colour palette", lambda: import_pydicom().pixels.apply_color_lut(indices, file.dataset)[..., :3])  # noqa: B023
         yield frame
 
 
@@ -321,7 +315,7 @@ def _encoded(head: Header) -> list[bytes]:
         data = stream.read()
     extended = None
     if file.dataset is not None and "ExtendedOffsetTable" in file.dataset and "ExtendedOffsetTableLengths" in file.dataset:
-        extended = (file.dataset.ExtendedOffsetTable, file.dataset.ExtendedOffsetTableLengths)
+        extended = parsed("the offset table", lambda: (file.dataset.ExtendedOffsetTable, file.dataset.ExtendedOffsetTableLengths))
     try:
         frames = list(generate_frames(data, number_of_frames=count, extended_offsets=extended))
     except Exception as error:
@@ -346,6 +340,8 @@ def _ends_early(data: bytes, syntax: str) -> bool:
 
 def _agree(data: bytes, syntax: str, layout: Layout) -> None:
     """Raises CORRUPT unless the size in the codestream's own header is that of the attributes."""
+    if syntax == RLE:
+        _agree_rle(data, layout)
     if syntax in JPEG2000:
         size = _jpeg2000_size(data)
     elif syntax in JPEG:
@@ -356,6 +352,14 @@ def _agree(data: bytes, syntax: str, layout: Layout) -> None:
         raise FileError("a frame does not start like its transfer syntax says", "CORRUPT")
     if size != (layout.rows, layout.columns):
         raise FileError(f"the header says {layout.rows} x {layout.columns} but the compressed frame is {size[0]} x {size[1]}", "CORRUPT")
+
+
+def _agree_rle(data: bytes, layout: Layout) -> None:
+    """An RLE frame starts with its number of segments, one a byte of a pixel, and where each begins."""
+    marks = np.frombuffer(data[:64], "<u4")
+    want = layout.samples * layout.allocated // 8
+    if len(marks) != 16 or marks[0] != want or marks[1] != 64 or (np.diff(marks[1 : want + 1].astype(int)) <= 0).any() or marks[want] >= len(data):
+        raise FileError(f"a run-length coded frame does not start with {want} segments", "CORRUPT")
 
 
 def _jpeg2000_size(data: bytes) -> tuple[int, int] | None:
