@@ -20,6 +20,12 @@ from . import limits
 LITTER = {"__macosx", "thumbs.db", "desktop.ini", "ehthumbs.db"}
 """Names (lower case) that operating systems leave behind."""
 
+ENDINGS = (
+    ".dcm", ".nii", ".nii.gz", ".hdr", ".hdr.gz", ".img", ".img.gz", ".mgh", ".mgh.gz", ".mgz", ".mnc", ".par", ".rec", ".tck", ".trk",
+    ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp",
+)  # fmt: skip
+"""Endings of the files that are read."""
+
 
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[Path]:
@@ -76,7 +82,7 @@ class Scratch:
 def unzip(path: Path, what: str) -> Scratch:
     """The files of a zip archive, flat in a private folder.
 
-    Names inside the archive choose only the order, the stem they share and a plain ending; they never become paths, so
+    Names inside the archive choose only the order, which of them share a stem, and one of ``ENDINGS``; they never become paths, so
     no name can leave the folder and none that tells of the patient reaches the disk. Archives inside are not opened.
 
     Raises:
@@ -124,14 +130,13 @@ def _check_entries(everything, entries, size: int, what: str) -> None:
     packed, unpacked = sum(e.compress_size for e in entries), sum(e.file_size for e in entries)
     if packed > size:
         raise FileError(f"the entries of the archive {what} overlap or claim more bytes than it has", "BOMB")
-    if unpacked > limits.free_bytes and unpacked > limits.max_zip_ratio * max(packed, 1):
+    if unpacked > limits.free_zip_bytes and unpacked > limits.max_zip_ratio * max(packed, 1):
         raise FileError(f"the archive {what} claims {unpacked >> 20} MiB in {packed} bytes", "BOMB")
     if unpacked > limits.max_zip_bytes:
         raise FileError(f"the archive {what} would take {unpacked >> 20} MiB; the limit is {limits.max_zip_bytes >> 20} MiB", "TOO_LARGE")
 
 
 def _split(name: str) -> tuple[str, str]:
-    """(stem, ending) of a name in an archive; the ending is kept only where it is plain: .dcm, .nii.gz."""
-    match = re.search(r"(\.[A-Za-z][A-Za-z0-9]{0,7})?(\.gz)?$", name)
-    ending = match.group(0).lower()
-    return name[: len(name) - len(ending)], ending if PurePosixPath(name).stem else ""
+    """(stem, ending) of a name in an archive; an ending is kept only where it is one of ``ENDINGS``."""
+    ending = max((e for e in ENDINGS if name.lower().endswith(e)), key=len, default="")
+    return name[: len(name) - len(ending)], ending

@@ -18,8 +18,10 @@ max_files = 100_000
 """Most files in a folder or archive that is read at once."""
 max_zip_bytes = 16 << 30
 """Largest sum of the files in one archive (bytes)."""
+free_zip_bytes = 256 << 20
+"""An archive that unpacks to at most this many bytes is never refused for its ratio; masks shrink 500 times."""
 max_zip_ratio = 200
-"""Largest unpacked size over packed size of an archive; DICOM and NIfTI shrink 2 to 10 times."""
+"""Largest unpacked size over packed size of an archive; DICOM and NIfTI scans shrink 2 to 10 times."""
 
 
 def check_size(shape: tuple[int, ...], dtype, encoded: int, what: str) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ChoiceError, FileError, MedVLMError, UsageError
-from .files import Scratch, unzip, walk
+from .files import ENDINGS, Scratch, unzip, walk
 from .scan import Image, Lazy, Study, Volume
 
 MODALITIES = (
@@ -27,9 +27,6 @@ MODALITIES = (
 POLICIES = ("strict", "fill", "resample")
 HASHED = 16 << 20
 """Bytes at the start of a file that go into its study id, with its length."""
-
-PICTURES = (".dcm", ".nii", ".nii.gz", ".hdr", ".img", ".mgh", ".mgz", ".mnc", ".par", ".rec", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
-"""A file with such an ending that is none of these formats is refused, not skipped."""
 
 
 def read(source: Any, policy: str = "strict", *, modality: str | None = None, spacing=None, affine=None, study: str | None = None) -> Study:
@@ -60,7 +57,7 @@ def read(source: Any, policy: str = "strict", *, modality: str | None = None, sp
     if found:
         batch.leave_out()
     if batch.loose:
-        loose = batch.together()
+        loose = batch.together([i.id for s in found for i in s.images])
         if loose and len(found) == 1:  # named one by one beside one DICOM study: all of one examination
             found = [Study(found[0].id, found[0].patient, (*found[0].images, *loose.images), found[0].report, found[0]._warnings)]
         elif loose:
@@ -163,7 +160,7 @@ class _Batch:
         name = path.name.lower()
         if head[128:132] == b"DICM":
             self.dicoms.append(path)
-        elif not head and (typed or name.endswith(PICTURES)):
+        elif not head and (typed or name.endswith(ENDINGS)):
             self.refused.append((what, FileError(f"{what} is empty", "TRUNCATED")))
         elif raster.kind(head):
             self.loose.append((path, what, self._raster, typed))
@@ -172,7 +169,7 @@ class _Batch:
                 self.loose.append((path, what, self._nifti, typed))
         elif _is_dicom(path):
             self.dicoms.append(path)
-        elif typed or name.endswith(PICTURES):
+        elif typed or name.endswith(ENDINGS):  # it says that it is an image
             self.refused.append((what, FileError(f"{what} is in no known format", "UNKNOWN_FORMAT")))
         else:
             self.skipped += 1
@@ -187,15 +184,17 @@ class _Batch:
 
         return ids(read_nifti(path, what, "x", affine=self.affine, modality=self.modality, keep=self.keep))
 
-    def ids(self) -> Callable:
+    def ids(self, taken: Sequence[str] = ()) -> Callable:
         """Gives images their ids: modality and number, counted over one study; -t and -p of a file's parts stay."""
         count: Counter[str] = Counter()
 
         def number(images):
-            first = images[0].modality
-            count[first] += 1
+            word = "image" if images[0].modality == "unknown" else images[0].modality
+            count[word] += 1
+            while f"{word}-{count[word]}" in taken:
+                count[word] += 1
             for i in images:
-                i.id = f"{'image' if first == 'unknown' else first}-{count[first]}{i.id[1:]}"
+                i.id = f"{word}-{count[word]}{i.id[1:]}"
             return images
 
         return number
@@ -217,9 +216,9 @@ class _Batch:
         if n := len(there) - len(self.loose):
             self.notes.append(f"LEFT_OUT: {n} NIfTI or picture files beside the DICOM were left out; read them by name")
 
-    def together(self) -> Study | None:
-        """All other images as one study."""
-        ids, images, files = self.ids(), [], []
+    def together(self, taken: Sequence[str] = ()) -> Study | None:
+        """All other images as one study; ``taken`` are ids they must not get."""
+        ids, images, files = self.ids(taken), [], []
         for path, what, reader, _ in self.loose:
             try:
                 images += reader(path, what, ids)

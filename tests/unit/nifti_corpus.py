@@ -69,9 +69,9 @@ def turn(x=0.0, y=0.0, z=0.0) -> np.ndarray:
     return out
 
 
-def affine(rotation=np.eye(3), spacing=(2, 3, 4), origin=(-11, 7, 5)) -> np.ndarray:
+def affine(rotation=((1, 0, 0), (0, 1, 0), (0, 0, 1)), spacing=(2, 3, 4), origin=(-11, 7, 5)) -> np.ndarray:
     out = np.eye(4)
-    out[:3, :3] = rotation * np.asarray(spacing)
+    out[:3, :3] = np.asarray(rotation) * np.asarray(spacing)
     out[:3, 3] = origin
     return out
 

@@ -111,6 +111,8 @@ def test_pictures_beside_dicom_are_left_out_unless_named(tmp_path):
     assert [w.split(":")[0] for w in study.warnings if "LEFT" in w] == ["LEFT_OUT"]
     both = medvlm.read([tmp_path / "1.dcm", tmp_path / "icon.png"])
     assert [i.id for i in both.images] == ["ct-1", "image-1"] and not any("LEFT" in w for w in both.warnings)
+    told = medvlm.read([tmp_path / "1.dcm", tmp_path / "icon.png"], modality="ct")
+    assert [i.id for i in told.images] == ["ct-1", "ct-2"]
     mixed = medvlm.read([tmp_path, picture(tmp_path.parent / "named.png")])
     assert [i.id for i in mixed.images] == ["ct-1", "image-1"]
 
@@ -348,7 +350,8 @@ def test_links_are_refused(tmp_path, png):
 
 
 def test_archive_bombs_are_refused_before_anything_is_written(tmp_path, png, temp, monkeypatch):
-    zeros = archive(tmp_path / "z.zip", {"x.nii": bytes(80 << 20)})  # 80 MiB in 80 kB
+    monkeypatch.setattr(limits, "free_zip_bytes", 1 << 20)
+    zeros = archive(tmp_path / "z.zip", {"x.nii": bytes(2 << 20)})  # 2 MiB in 2 kB
     assert refused(zeros).code == "BOMB"
     monkeypatch.setattr(limits, "max_files", 5)
     assert refused(archive(tmp_path / "n.zip", {f"{n}.png": png for n in range(6)})).code == "BOMB"
