@@ -186,7 +186,7 @@ class Volume(_Scan):
     def onto(self, other: Volume, order: int = 1, outside: float | None = None) -> Volume:
         """Onto the grid of ``other`` through world coordinates.
 
-        outside: value where ``other`` reaches beyond this volume; the minimum of this volume when None (0 for masks).
+        outside: value where ``other`` reaches beyond this volume's voxels; the minimum of this volume when None (0 for masks).
         """
         if self.same_grid(other):
             return self.with_voxels(self.voxels)
@@ -200,9 +200,12 @@ class Volume(_Scan):
             outside = 0 if order == 0 or self.voxels.dtype == bool else float(self.voxels.min())
         source = self.voxels.astype(np.uint8) if self.voxels.dtype == bool else self.voxels
         kind = source.dtype if order == 0 else np.result_type(source.dtype, np.float32)
+        # a voxel reaches half a step to each side of its centre: up to there its value holds, beyond is outside
         voxels = np.stack(
-            [affine_transform(c, matrix, output_shape=size, output=kind, order=order, cval=outside) for c in source]
+            [affine_transform(c, matrix, output_shape=size, output=kind, order=order, mode="nearest") for c in source]
         )
+        for d, rows in enumerate(_beyond(matrix, size, self.shape[1:])):
+            voxels[:, d, rows] = outside
         if self.voxels.dtype == bool:
             voxels = voxels >= 0.5
         info = {k: v for k, v in self.info.items() if k != "sop"}
@@ -246,6 +249,17 @@ class Study:
 
     def __repr__(self) -> str:
         return f"<Study {self.id}: {', '.join(map(repr, self.images))}; {len(self.warnings)} warnings>"
+
+
+def _beyond(matrix: np.ndarray, size: tuple[int, ...], source: tuple[int, ...]):
+    """For each d of a grid of ``size``: (H, W), True where ``matrix`` leads more than half a voxel out of ``source``."""
+    h, w = np.ogrid[: size[1], : size[2]]
+    for d in range(size[0]):
+        out = np.zeros(size[1:], bool)
+        for (a, b, c, t), n in zip(matrix[:3], source):
+            index = b * h + c * w + (a * d + t)
+            out |= (index < -0.5 - 1e-6) | (index > n - 0.5 + 1e-6)
+        yield out
 
 
 def check_affine(affine) -> np.ndarray:

@@ -54,17 +54,28 @@ def test_resample_worked_by_hand():
     v = volume()
     r = v.resample((2.5, 2, 1))
     assert r.shape == (1, 4, 3, 4) and np.allclose(r.affine[:3, 3], (10, 20, 28.75)) and np.allclose(r.spacing, (2.5, 2, 1))
-    # between the slices (0 at 30 mm, 100 at 35 mm): 31.25 mm is a quarter of the way
-    assert np.allclose(r.voxels[0, 1:3, 0, 0], [25, 75])
+    # between the slices (0 at 30 mm, 100 at 35 mm) 31.25 mm is a quarter of the way; the outer two lie within the outer voxels
+    assert np.allclose(r.voxels[0, :, 0, 0], [0, 25, 75, 100])
     nearest = v.resample((2.5, 2, 1), order=0)
-    assert nearest.voxels[0, 1:3, 0, 0].tolist() == [0, 100] and nearest.voxels.dtype == np.int16
+    assert nearest.voxels[0, :, 0, 0].tolist() == [0, 0, 100, 100] and nearest.voxels.dtype == np.int16
+
+
+def test_resampling_to_its_own_spacing_changes_nothing():
+    """Rounding must not push the outermost voxels out of an oblique volume."""
+    c, s = np.cos(0.3), np.sin(0.3)
+    oblique = np.array([[0, -s, c, 17.3], [0.1, c, s, -41.7], [2, 0, 0, 5.1], [0, 0, 0, 1]])
+    oblique[:3, 0] = 2 * np.cross(oblique[:3, 1], oblique[:3, 2])
+    v = volume(oblique)
+    r = v.resample(v.spacing)
+    assert r.same_grid(v) and np.allclose(r.voxels, v.voxels, atol=1e-3)
+    assert np.array_equal(v.with_voxels(v.voxels > 50).resample(v.spacing, order=0).voxels, v.voxels > 50)
 
 
 def test_masks_stay_masks():
     v = volume()
     mask = v.with_voxels(v.voxels >= 100)
     assert mask.resample((2.5, 2, 1), order=0).voxels.dtype == bool
-    assert mask.resample((2.5, 2, 1), order=0).voxels.sum() == 2 * mask.voxels.sum() - 12  # the outer slices reach beyond
+    assert mask.resample((2.5, 2, 1), order=0).voxels.sum() == 2 * mask.voxels.sum()  # half the spacing, twice the voxels
 
 
 def test_onto_worked_by_hand():
@@ -77,6 +88,8 @@ def test_onto_worked_by_hand():
     assert np.allclose(o.voxels[0, :, 0, 1], [12, 32, 52, 72, 92, 112])  # z = 30 .. 35 mm
     far = Volume("f", np.zeros((1, 1, 1, 1)), [[0, 0, 1, 500], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
     assert v.with_voxels(v.voxels - 7).onto(far).voxels.item() == -7
+    beside = Volume("b", np.zeros((1, 1, 1, 3)), [[0, 0, 0.5, 9], [0, 1, 0, 20], [1, 0, 0, 30], [0, 0, 0, 1]])
+    assert v.with_voxels(v.voxels + 5).onto(beside, outside=-1).voxels.ravel().tolist() == [-1, 5, 5]  # x = 9, 9.5, 10 mm; the first voxel begins at 9.5
     assert v.onto(far, order=0).voxels.item() == 0 and v.onto(far, outside=-1024).voxels.item() == -1024
 
 
