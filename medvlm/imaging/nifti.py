@@ -497,6 +497,8 @@ def _nibabel_load(nib, path: Path, what: str):
             return nib.load(path, mmap=False)
     except FileNotFoundError as e:
         raise FileError(f"{what} is only a header; its data file does not lie beside it", "NO_DATA_FILE") from e
+    except nib.filebasedimages.ImageFileError as e:
+        raise FileError(f"{what} is not an image that is known", "UNKNOWN_FORMAT") from e
     except nib.parrec.PARRECError as e:
         raise FileError(f"{what} does not list all the slices it should hold", "TRUNCATED") from e
 

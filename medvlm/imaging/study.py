@@ -87,9 +87,11 @@ def studies(folder: Any, policy: str = "strict", *, modality: str | None = None,
     refused, batch.refused = batch.refused, []
     for s in found:
         yield _finish(s, batch, modality, spacing, affine)
+        batch.notes = []  # what was skipped in the folder is said once
     for path, what, reader, _ in batch.loose:
         try:
             yield _finish(Study(_file_id([path]), images=reader(path, what, batch.ids())), batch, modality, spacing, affine)
+            batch.notes = []
         except (MedVLMError, OSError) as e:
             yield _nothing(_file_id([path], what), e, what)
     for what, error in refused:

@@ -422,6 +422,17 @@ def test_damaged_headers_end_in_a_study_or_a_named_error(data, tmp_path, name):
             assert e.code in HINTS
 
 
+def test_hdf5_that_is_no_minc_is_refused(tmp_path):
+    import h5py
+
+    for name, code in (("x.h5", "UNKNOWN_FORMAT"), ("x.mnc", "CORRUPT")):
+        with h5py.File(tmp_path / name, "w") as f:
+            f["data"] = np.zeros((3, 3))
+        with pytest.raises(medvlm.MedVLMError) as e:
+            medvlm.read(tmp_path / name)
+        assert e.value.code == code
+
+
 def test_unknown_sizes_do_not_pass(tmp_path):
     """dims of 0 and steps that are not numbers."""
     for dim in ([3, 0, 4, 3, 1, 1, 1, 1], [0, 5, 4, 3, 1, 1, 1, 1]):

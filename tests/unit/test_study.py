@@ -89,10 +89,12 @@ def test_a_folder_of_any_depth_is_one_study_in_name_order(tmp_path):
 def test_studies_gives_each_loose_file_its_own_study(tmp_path):
     picture(tmp_path / "a.png"), nifti(tmp_path / "b.nii"), dicom(tmp_path / "d/1.dcm", "1.2.3"), dicom(tmp_path / "d/2.dcm", "1.2.4")
     (tmp_path / "c.nii").write_bytes(nifti(tmp_path / "b.nii").read_bytes()[:-1])
+    (tmp_path / "notes.txt").write_text("x")
     found = list(medvlm.studies(tmp_path))
+    assert [any("SKIPPED" in w for w in s.warnings) for s in found] == [True, False, False, False, False]
     assert [len(s.images) for s in found] == [1, 1, 1, 1, 0]
     assert [s.images[0].modality for s in found[:4]] == ["ct", "ct", "unknown", "unknown"]
-    assert found[4].warnings[0].startswith("TRUNCATED: file 3 of 5 in name order") and len({s.id for s in found}) == 5
+    assert found[4].warnings[0].startswith("TRUNCATED: file 3 of 6 in name order") and len({s.id for s in found}) == 5
 
 
 def test_several_dicom_studies_are_listed_and_one_can_be_chosen(tmp_path):
