@@ -29,7 +29,11 @@ CONFLICT = 1e-3
 UNIT_MM = {1: 1000.0, 3: 0.001}
 """Millimetres per unit of NIfTI's xyzt_units. Source: nifti1.h, NIFTI_UNITS_METER = 1, _MM = 2, _MICRON = 3."""
 
+LARGEST_SCALE = 1e18
+"""Any 64-bit integer times this is still a float32."""
+
 CHUNK = 4 << 20
+"""Bytes that are decompressed or looked through at once."""
 FOOTER = 16 << 20
 """Bytes that may follow the voxels inside a compressed stream (MGZ tags) before it is called a bomb."""
 
@@ -72,7 +76,7 @@ def has_header_beside(path: Path) -> bool:
 def read_nifti(path: Path, what: str, id: str, *, affine=None, modality: str | None = None, keep: bool = True) -> list[Volume]:
     """The volumes of one file: one, or one for each time point with ``-t1``, ``-t2`` ... after the id.
 
-    Integers stay as stored when the file has no scaling; everything else becomes float32. Compressed streams are read
+    Integers stay as stored when the file has no scaling; everything else becomes float32, in float64 arithmetic. Compressed streams are read
     to their end, so that a file that is cut short or fails its checksum is refused here and not when voxels are used.
 
     Args:
@@ -131,7 +135,7 @@ class _Raw:
             raise FileError(f"{what} holds voxels of type {self.dtype}", "UNSUPPORTED")
         self.slope, self.inter = 1.0, 0.0
         self.load: Callable[[int], np.ndarray] | None = None  # time point -> (k, j, i) as stored
-        self.tested = False  # the source has already scanned itself
+        self.held: np.ndarray | None = None
 
     @property
     def scaled(self) -> bool:
@@ -149,23 +153,25 @@ class _Raw:
         """Stored numbers -> (C, k, j, i) in :attr:`result`."""
         if self.dtype.names:
             return np.stack([stored[c] for c in "RGB"])
-        if self.scaled:  # float64 inside, as nibabel does, and float32 outside, slab by slab
+        with np.errstate(over="ignore"):  # what float32 cannot hold was counted when the file was read
+            if not self.scaled:
+                return stored.astype(self.result, copy=False)[None]
             out = np.empty(stored.shape, np.float32)
-            for o, s in zip(out, stored):
+            for o, s in zip(out, stored):  # float64 inside, as nibabel does, and float32 outside, slab by slab
                 o[...] = s.astype(np.float64) * self.slope + self.inter
             return out[None]
-        with np.errstate(over="ignore"):
-            return stored.astype(self.result, copy=False)[None]
 
     def volumes(self, id: str, modality: str | None, keep: bool) -> list[Volume]:
         channels = 3 if self.dtype.names else 1
         unit = "uint8" if self.dtype.names else "HU" if modality == "ct" else "raw"
         found = self.scan(keep, want_range=unit == "HU")
+        if not keep:
+            self.held = None
         notes = list(self.notes)
         if self.times > 1:
             notes.append(f"TIME_SERIES: {self.times} time points became {self.times} images")
         if found["bad"]:
-            notes.append(f"NOT_FINITE: {found['bad']} of {self.times * prod(self.size)} voxels are NaN or infinite")
+            notes.append(f"NOT_FINITE: {found['bad']} of {self.times * prod(self.size)} voxels are NaN, infinite or beyond float32")
         if unit == "HU" and not (-20000 < found["low"] <= -200 and found["high"] < 65536):
             notes.append(
                 f"HU_IMPLAUSIBLE: values run from {found['low']:g} to {found['high']:g}; CT in HU has air near -1000"
@@ -188,6 +194,9 @@ class _Raw:
         for block in blocks:
             if self.dtype.kind == "f":
                 finite = np.isfinite(block)
+                if self.dtype.itemsize > 4 or self.scaled:
+                    with np.errstate(over="ignore"):
+                        finite &= np.abs(block * np.float64(self.slope) + self.inter) <= np.finfo(np.float32).max
                 if not finite.all():
                     found["bad"] += int(block.size - np.count_nonzero(finite))
                     block = block[finite]
@@ -209,7 +218,6 @@ class _Plain(_Raw):
         self.path, self.offset = path, offset
         self.count = self.times * prod(self.size)
         self.bytes = self.count * self.dtype.itemsize
-        self.held: np.ndarray | None = None
         with open(path, "rb") as f:
             self.packed = f.read(2) == b"\x1f\x8b"
         size = path.stat().st_size
@@ -397,6 +405,8 @@ def _nifti_scaling(header, raw: _Raw, version: int) -> None:
         return
     if not np.isfinite(inter):
         raise FileError(f"{raw.what} has scale slope {slope:g} but intercept {inter:g}", "BAD_VALUE")
+    if max(abs(slope), abs(inter)) > LARGEST_SCALE:
+        raise FileError(f"{raw.what} has scale slope {slope:g} and intercept {inter:g}, too large for float32", "BAD_VALUE")
     raw.slope, raw.inter = slope, inter
 
 
@@ -509,16 +519,14 @@ def _from_proxy(image, path: Path, size: int, what: str, form: str, need_orienta
     limits.check_size(shape, np.float64, size, what)
     affine = ijk_affine(ras_lps(check_affine(image.affine))) if need_orientation else None
     raw = _Raw(what, shape, np.dtype("f4"), affine, {"format": form}, [])
-    held: list[np.ndarray] = []
 
     def load(t: int) -> np.ndarray:
-        if not held:
+        if raw.held is None:
             try:
-                held.append(np.asarray(image.dataobj, dtype=np.float32))
+                raw.held = np.asarray(image.dataobj, dtype=np.float32).reshape(*raw.size[::-1], raw.times)
             except Exception as e:  # whatever nibabel's readers meet in a damaged file
                 raise FileError(f"the voxels of {what} cannot be read ({type(e).__name__})", "TRUNCATED") from e
-        data = held[0].reshape(*raw.size[::-1], raw.times) if held[0].ndim != 3 or raw.times > 1 else held[0][..., None]
-        return data[..., t].T
+        return raw.held[..., t].T
 
     raw.load = load
     return raw

@@ -208,6 +208,11 @@ def cases() -> list[Case]:
     right("slope 0, intercept 7", header(SIZE, "i2", sform=PLAIN, slope=0, inter=7) + data, warns=("BAD_SCALING",))
     right("slope NaN", header(SIZE, "i2", sform=PLAIN, slope=np.nan, inter=np.nan) + data)
     right("slope infinite", header(SIZE, "i2", sform=PLAIN, slope=np.inf) + data, warns=("BAD_SCALING",))
+    wide = holes.astype("f8")
+    wide[2, 2, 2] = 1e300
+    with np.errstate(over="ignore"):
+        right("float64 beyond float32", header(SIZE, "f8", sform=PLAIN) + body(wide), wide.astype("f4").ravel(), warns=("NOT_FINITE",))
+    refused("slope beyond all measure", header(SIZE, "i2", sform=PLAIN, slope=1e30) + data, "BAD_VALUE")
     refused("intercept NaN", header(SIZE, "i2", sform=PLAIN, slope=2, inter=np.nan) + data, "BAD_VALUE")
 
     # damage

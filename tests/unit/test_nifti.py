@@ -290,6 +290,10 @@ def test_non_finite_voxels_are_counted(tmp_path):
     for name in ("n.nii", "n.nii.gz"):
         (warning,) = medvlm.read(plain(tmp_path, array, name=name)).warnings
         assert warning.startswith("NOT_FINITE: 5 of 64 voxels")
+    array = np.zeros((4, 4, 4))
+    array[0, 0, 0], array[1, 1, 1] = 1e39, 3e38
+    (warning,) = medvlm.read(plain(tmp_path, array)).warnings
+    assert warning.startswith("NOT_FINITE: 1 of 64 voxels")
 
 
 def test_time_points_are_images_of_their_own(tmp_path):
