@@ -207,7 +207,7 @@ def _check_image(head: Header) -> None:
 def _cut(head: Header) -> bool:
     """Whether the last attribute reaches beyond the end of the file, or the first bytes of another one follow it."""
     dataset, file = head.file.dataset, head.file
-    last = dataset.get_item(max(dataset.keys())) if len(dataset) else None
+    last = parsed("the header", lambda: dataset.get_item(max(dataset.keys())) if len(dataset) else None)
     if file.deflated or not hasattr(last, "value_tell") or not hasattr(last, "length"):
         return False
     return last.length != dicom_fast.UNDEFINED and last.value_tell + last.length != file.size

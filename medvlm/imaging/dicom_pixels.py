@@ -20,7 +20,15 @@ JPEG2000 = {f"1.2.840.10008.1.2.4.{n}" for n in (90, 91, 92, 93, 201, 202, 203)}
 JPEG_12_BIT, RLE = "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.5"
 NATIVE = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.2"}
 LOSSY = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 81)}
-CODECS = {**dict.fromkeys(JPEG, "python-gdcm"), **dict.fromkeys(JPEG2000, "pylibjpeg-openjpeg"), RLE: "pydicom"}
+DECODERS = (
+    (JPEG2000, (("pylibjpeg", "pylibjpeg-openjpeg"), ("gdcm", "python-gdcm"))),
+    ({f"1.2.840.10008.1.2.4.{n}" for n in (80, 81)}, (("pyjpegls", "pyjpegls"), ("gdcm", "python-gdcm"))),
+    ({f"1.2.840.10008.1.2.4.{n}" for n in (50, 51)}, (("pillow", "pillow"), ("gdcm", "python-gdcm"))),
+    ({f"1.2.840.10008.1.2.4.{n}" for n in (57, 70)}, (("gdcm", "python-gdcm"),)),
+    ({RLE}, (("pydicom", "pydicom"),)),
+)
+"""(pydicom's name, package) of the decoders of each family, best first. They agree to the bit; python-gdcm comes last
+because damaged data can make it end the process, and pylibjpeg-rle is left out because there it panics."""
 
 
 class Layout:
@@ -108,7 +116,7 @@ class Layout:
                 raise FileError("the transfer syntax and the form of the pixel data contradict each other", "CORRUPT")
             raise FileError("the transfer syntax is private", "UNSUPPORTED")
         if not native:
-            _codec(file.syntax)
+            plugin(file.syntax)
             return
         need = frames * self.frame_bytes
         if not file.deflated and file.offset + min(need, file.length) > file.size:
@@ -247,8 +255,8 @@ def stored(head: Header, layout: Layout, numbers: Sequence[int]) -> Iterator[np.
             data = _encapsulated(encoded[number])
         if encoded is None and len(data) < frames * layout.frame_bytes:
             raise FileError(f"the pixel data end in frame {number + 1}", "TRUNCATED")
-        if file.syntax == JPEG_12_BIT and layout.bits > 8:
-            yield _gdcm_frame(file, layout, count, number)
+        if encoded is not None and file.syntax == JPEG_12_BIT and layout.bits > 8:
+            yield _gdcm_frame(encoded[number], layout)
             continue
         try:
             frame, _ = decoder.as_array(
@@ -265,7 +273,7 @@ def stored(head: Header, layout: Layout, numbers: Sequence[int]) -> Iterator[np.
                 planar_configuration=head.whole("PlanarConfiguration", 0),
                 pixel_keyword="PixelData",
                 pixel_vr=file.vr,
-                decoding_plugin="pydicom" if file.syntax == RLE else "",  # pylibjpeg-rle panics on damaged data
+                decoding_plugin="" if encoded is None else plugin(file.syntax),
             )
         except Exception as error:  # plugins raise many kinds
             if encoded is not None and _ends_early(data, file.syntax):
@@ -277,32 +285,42 @@ def stored(head: Header, layout: Layout, numbers: Sequence[int]) -> Iterator[np.
         yield frame
 
 
-def _gdcm_frame(file: File, layout: Layout, count: int, number: int) -> np.ndarray:
-    """One frame of 12-bit JPEG Extended, which pydicom does not pass on to python-gdcm although it can read it."""
+def _gdcm_frame(codestream: bytes, layout: Layout) -> np.ndarray:
+    """One frame of 12-bit JPEG Extended, which pydicom does not pass on to python-gdcm although it can decode it."""
     import gdcm
 
-    reader = gdcm.ImageReader()
-    reader.SetFileName(str(file.path))
-    if not reader.Read():
+    fragment, fragments = gdcm.Fragment(), gdcm.SequenceOfFragments.New()
+    fragment.SetByteStringValue(codestream)
+    fragments.AddFragment(fragment)
+    element = gdcm.DataElement(gdcm.Tag(0x7FE0, 0x0010))
+    element.SetValue(fragments.__ref__())
+    image = gdcm.Image()
+    image.SetNumberOfDimensions(2)
+    image.SetDimensions((layout.columns, layout.rows, 1))
+    image.SetPixelFormat(gdcm.PixelFormat(1, 16, layout.bits, layout.bits - 1, int(layout.signed)))
+    image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(gdcm.PhotometricInterpretation.GetPIType(layout.photometric)))
+    image.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(JPEG_12_BIT)))
+    image.SetDataElement(element)
+    data = (image.GetBuffer() or "").encode("utf-8", "surrogateescape")
+    if layout.samples != 1 or len(data) != layout.rows * layout.columns * layout.stored.itemsize:
         raise FileError("the 12-bit JPEG pixel data cannot be decoded", "CORRUPT")
-    data = reader.GetImage().GetBuffer().encode("utf-8", "surrogateescape")
-    shape = (count, layout.rows, layout.columns) + ((3,) if layout.samples == 3 else ())
-    if len(data) != np.prod(shape) * layout.stored.itemsize:
-        raise FileError("the 12-bit JPEG pixel data do not fill the image", "CORRUPT")
-    return np.frombuffer(data, layout.stored).reshape(shape)[number]
+    return np.frombuffer(data, layout.stored).reshape(layout.rows, layout.columns)
 
 
-def _codec(syntax: str) -> None:
-    """Raises NO_CODEC, which names the package, when nothing here decodes this transfer syntax."""
-    try:
-        decoder = import_pydicom().pixels.get_decoder(syntax)
-        missing = "" if decoder.is_available else CODECS.get(syntax, "")
-    except NotImplementedError:
-        decoder, missing = None, ""
-    if decoder is None:
-        raise FileError("the transfer syntax of the pixel data has no decoder", "NO_CODEC", "decompress the file (gdcmconv --raw)")
-    if not decoder.is_available:
-        raise FileError(f"the pixel data need the codec package {missing or 'of this transfer syntax'}", "NO_CODEC")
+def plugin(syntax: str) -> str:
+    """pydicom's name of the decoder for an encapsulated transfer syntax.
+
+    Raises:
+        FileError: NO_CODEC, which names the package that is missing.
+    """
+    known = next((names for family, names in DECODERS if syntax in family), ())
+    if not known:
+        raise FileError("the transfer syntax of the pixel data has no decoder here", "NO_CODEC", "decompress the file (gdcmconv --raw)")
+    there = import_pydicom().pixels.get_decoder(syntax).available_plugins
+    for name, _ in known:
+        if name in there:
+            return name
+    raise FileError(f"the pixel data need the codec package {known[0][1]}", "NO_CODEC")
 
 
 def _encoded(head: Header) -> list[bytes]:
@@ -345,7 +363,7 @@ def _agree(data: bytes, syntax: str, layout: Layout) -> None:
     if syntax in JPEG2000:
         size = _jpeg2000_size(data)
     elif syntax in JPEG:
-        size = _jpeg_size(data)
+        size = _jpeg_size(data, layout)
     else:
         return
     if size is None:
@@ -370,18 +388,27 @@ def _jpeg2000_size(data: bytes) -> tuple[int, int] | None:
     return height - top, width - left
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    at = data.find(b"\xff\xd8", 0, 64)
-    while at >= 0 and at + 9 <= len(data):
-        marker = data[at + 1]
-        if data[at] != 0xFF:
-            return None
+def _jpeg_size(data: bytes, layout: Layout) -> tuple[int, int] | None:
+    """Rows and columns of a JPEG or JPEG-LS stream whose segments follow each other without a break up to its scan.
+
+    python-gdcm ends the process where libjpeg only warns in this part, so whatever it would warn of is refused here.
+    """
+    at, size = 2, None
+    while data[:2] == b"\xff\xd8" and at + 4 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        body = data[at + 4 : at + 2 + length]
         if marker == 0xFF:
             at += 1
-        elif marker in (0xD8, 0x01):
-            at += 2
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker == 0xF7:
-            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
-        else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+            continue
+        if marker == 0xDA:
+            return size
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker == 0xF7:
+            if len(body) < 6 or body[0] > layout.allocated or body[5] != layout.samples:
+                return None
+            size = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
+        elif body[:5] == b"JFIF\0" and body[5:6] != b"\1" or body[:5] == b"Adobe" and body[11:12] not in (b"\0", b"\1", b"\2"):
+            return None
+        elif marker < 0xC0 or length < 2:
+            return None
+        at += 2 + length
     return None

@@ -466,7 +466,7 @@ def test_a_missing_codec_is_named(tmp_path, monkeypatch):
     file = j2k(tmp_path)
 
     class Absent:
-        is_available = False
+        available_plugins = ()
 
     monkeypatch.setattr(pydicom.pixels, "get_decoder", lambda uid: Absent)
     error = refusal([file])
