@@ -96,12 +96,11 @@ def where(volume):
     return volume.world(np.unravel_index(np.argmax(volume.voxels[0]), volume.shape[1:]))
 
 
-@settings(max_examples=48, deadline=None)
-@given(st.sampled_from(TURNS))
-def test_left_stays_left_in_all_48_ways_to_store_a_volume(tmp_path_factory, turn):
+@pytest.mark.parametrize("turn", TURNS, ids=lambda t: "".join("ijk"[p] + "+-"[s < 0] for p, s in zip(*t)))
+def test_left_stays_left_in_all_48_ways_to_store_a_volume(tmp_path, turn):
     import SimpleITK as sitk
 
-    folder = tmp_path_factory.mktemp("turn")
+    folder = tmp_path
     array, ras = stored_as(*scene(), *turn)
     volume = medvlm.read(plain(folder, array, ras)).image()
     assert np.allclose(where(volume), MARK, atol=1e-3)
@@ -121,6 +120,29 @@ def test_left_stays_left_in_all_48_ways_to_store_a_volume(tmp_path_factory, turn
         assert np.allclose(other.TransformIndexToPhysicalPoint((int(i), int(j), int(k))), MARK, atol=1e-3)
     back = nib.load(folder / "back.nii.gz")
     assert back.shape == array.shape and np.array_equal(back.affine, ras) and np.array_equal(back.dataobj, array)
+
+
+steps = st.floats(0.2, 8)
+degrees = st.floats(-44, 44)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(TURNS), st.tuples(*[st.integers(1, 5)] * 3), st.tuples(steps, steps, steps), st.tuples(degrees, degrees, degrees),
+    st.tuples(*[st.floats(-300, 300)] * 3), st.sampled_from(["x.nii", "x.nii.gz"]),
+)  # fmt: skip
+def test_any_volume_keeps_every_voxel_in_its_place(tmp_path_factory, turn, shape, spacing, tilt, origin, name):
+    folder = tmp_path_factory.mktemp("any")
+    truth = corpus.affine(corpus.turn(*tilt), spacing, origin)
+    array, ras = stored_as(np.arange(np.prod(shape), dtype=np.int32).reshape(shape), truth, *turn)
+    ras = ras.astype(np.float32).astype(float)  # as the file holds it
+    volume = medvlm.read(plain(folder, array, ras, name)).image()
+    case = corpus.Case("any", None, points=corpus.points(shape, truth), values=np.arange(np.prod(shape)))
+    for v in (volume, volume.reorient("SPL"), volume.reorient("RAI"), medvlm.read(save_nifti(volume, folder / "again.nii")).image()):
+        index = np.indices(v.shape[1:]).reshape(3, -1).T
+        assert corpus.right_in_world(v.world(index), v.voxels.ravel(), case)
+    again = nib.load(folder / "again.nii")
+    assert again.shape == array.shape and np.array_equal(again.affine, ras)
 
 
 @pytest.mark.parametrize("name", ["oblique", "sheared", "left-handed"])
