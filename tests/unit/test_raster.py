@@ -190,9 +190,26 @@ def test_a_file_that_lost_its_last_pages_is_refused(tmp_path):
     content = (tmp_path / "p.tif").read_bytes()
     with tifffile.TiffFile(tmp_path / "p.tif") as t:
         last = t.pages[2].offset
-    (tmp_path / "p.tif").write_bytes(content[: last - 1])
+    (tmp_path / "p.tif").write_bytes(content[:last])  # the first two are whole
     with pytest.raises(medvlm.MedVLMError) as e:
         medvlm.read(tmp_path / "p.tif")
+    assert e.value.code == "TRUNCATED"
+
+
+def test_a_strip_that_is_not_there_is_no_black_band(tmp_path):
+    """tifffile fills a strip of no bytes with zeros."""
+    noise = np.random.default_rng(0).integers(1, 256, (64, 64), np.uint8)
+    tifffile.imwrite(tmp_path / "s.tif", noise, compression="zlib", rowsperstrip=16)
+    assert np.array_equal(read(tmp_path / "s.tif").pixels[0], noise)
+    content = bytearray((tmp_path / "s.tif").read_bytes())
+    with tifffile.TiffFile(tmp_path / "s.tif") as t:
+        counts = t.pages[0].tags["StripByteCounts"]
+        content[counts.valueoffset + 2 : counts.valueoffset + 4] = bytes(2)  # four numbers of two bytes: the second
+        assert counts.dtype == 3 and counts.count == 4
+    (tmp_path / "s.tif").write_bytes(content)
+    assert (tifffile.imread(tmp_path / "s.tif")[16:32] == 0).all()
+    with pytest.raises(medvlm.MedVLMError) as e:
+        medvlm.read(tmp_path / "s.tif")
     assert e.value.code == "TRUNCATED"
 
 

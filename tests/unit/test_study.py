@@ -397,7 +397,8 @@ def test_locked_and_false_archives(tmp_path, png):
     for mark, at in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
         content[content.index(mark) + at] |= 1
     locked.write_bytes(content)
-    assert refused(locked).code == "UNSUPPORTED"
+    e = refused(locked)
+    assert e.code == "UNSUPPORTED" and "unlock" in e.hint
     (tmp_path / "text.zip").write_text("not a zip")
     assert refused(tmp_path / "text.zip").code == "TRUNCATED"
     assert refused(archive(tmp_path / "none.zip", {})).code == "EMPTY_FOLDER"
