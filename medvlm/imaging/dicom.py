@@ -16,21 +16,11 @@ import numpy as np
 
 from ..errors import FileError, GeometryError, MedVLMError, UsageError
 from . import dicom_fast, limits
-from .dicom_header import Header, frames, import_pydicom, parsed, quiet, read_header
-from .dicom_pixels import LOSSY, Layout, load, table, whole_dtype
-from .dicom_stack import POLICIES, Slice, Stack, arrange, check_spacing, plane_affine, spacing, split
+from .dicom_header import Header, frames, parsed, quiet, read_header
+from .dicom_info import SECONDARY, STACKED, described, hounsfield, judge, modality, plane_spacing
+from .dicom_pixels import Layout, layout, load
+from .dicom_stack import POLICIES, Slice, Stack, arrange, plane_affine, split
 from .scan import Image, Lazy, Study, Volume
-
-MODALITIES = {
-    **dict.fromkeys(("CR", "DX", "MG", "XA", "RF", "RG", "IO", "PX", "RTIMAGE", "BMD", "XC_DX"), "xray"),
-    **dict.fromkeys(("US", "IVUS", "BDUS"), "ultrasound"),
-    **dict.fromkeys(("OP", "SRF", "FA", "FS"), "fundus"),
-    **dict.fromkeys(("SM", "GM"), "pathology"),
-    **dict.fromkeys(("OPT", "OCT", "IVOCT", "OPTENF"), "oct"),
-    "CT": "ct", "MR": "mr", "MA": "mr", "PT": "pet", "NM": "nm", "ES": "endoscopy", "DMS": "dermoscopy",
-    **dict.fromkeys(("OT", "XC", "SC", "VL", "OPM", "LS", "DG", "TG", "CFM"), "other"),
-}  # fmt: skip
-"""DICOM modality codes in the vocabulary of :class:`~medvlm.imaging.scan.Image`; a code not listed is "other", none is "unknown"."""
 
 NO_IMAGE = frozenset(
     "SEG RTSTRUCT RTPLAN RTDOSE RTRECORD RTINTENT SR PR KO DOC REG FID ANN ECG EPS HD AU RESP EEG EMG EOG POS PLAN RWV SMR STAIN SEGLABEL M3D TEXTUREMAP".split()
@@ -42,10 +32,7 @@ _NO_IMAGE_CLASSES = (
 )  # fmt: skip
 """Segmentations and surfaces, reports, waveforms, presentation states, parametric maps, documents, annotations, RT dose, structures and plans."""
 
-_SECONDARY = "1.2.840.10008.5.1.4.1.1.7"
 _DIRECTORY = "1.2.840.10008.1.3.10"
-_STACKED = frozenset(("CT", "MR", "PT"))
-_POSITIONS = frozenset(("HFS", "HFP", "HFDR", "HFDL", "FFS", "FFP", "FFDR", "FFDL"))
 AIR_HU = -1024
 """What policy "fill" puts into CT slices that are not there."""
 
@@ -97,8 +84,8 @@ def read_dicom(files: Iterable[Path], policy: str = "strict") -> list[Study]:
         policy: "strict" refuses series that do not fill space evenly; "fill" inserts empty slices where some are
             missing; "resample" interpolates onto even spacing. Both say so in the image's warnings.
 
-    Each image's ``info`` holds: windows [(centre, width, explanation)], voi_lut [{first, bits, values, explanation}],
-    inverted, padding (low, high), laterality, view, body_part, burned_in (True, False, None), frame_of_reference,
+    Each image's ``info`` holds: windows [(centre, width, explanation)], voi_function, voi_lut [{first, bits, values,
+    explanation}], inverted, padding (low, high), laterality, view, body_part, burned_in (True, False, None), frame_of_reference,
     sop and files (one a slice; None for a filled slice), frames (number in its file, from 1), series, series_number,
     patient_position, lossy, phase {attribute: value}, affine (4, 4) of a single slice, filled [slice], tilt, warnings.
     A CT with a rescale has float32 voxels in HU; other values keep the smallest exact type.
@@ -216,7 +203,7 @@ def _cut(head: Header) -> bool:
 def _slices(head: Header) -> list[Slice]:
     """The frames of one file, once it is sure that the file can hold them."""
     count = head.whole("NumberOfFrames", 1)
-    Layout(head, False, max(1, count))
+    layout(head, False, max(1, count))
     return [Slice(h, i) for i, h in enumerate(frames(head))]
 
 
@@ -226,7 +213,8 @@ def _images(series: dict[str, list[list[Slice]]], policy: str):
     counts: dict[str, int] = {}
 
     def number(uid):
-        return series[uid][0][0].head.number("SeriesNumber", float("inf")), uid
+        label = min((files[0].head.count("SeriesNumber") for files in series[uid] if files[0].head.count("SeriesNumber") is not None), default=None)
+        return label is None, label or 0, uid
 
     for uid in sorted(series, key=number):
         for group in _objects(series[uid]):
@@ -254,8 +242,8 @@ def _images(series: dict[str, list[list[Slice]]], policy: str):
 
 def _named(error: MedVLMError, slices: list[Slice]) -> MedVLMError:
     head = slices[0].head
-    number = head.values.get(0x00200011, b"").strip(b"\0 ")
-    which = f"{_modality(head)} series" + (f" {int(number)}" if number.isdigit() else "")
+    number = head.count("SeriesNumber")
+    which = f"{modality(head)} series" + ("" if number is None else f" {number}")
     return type(error)(f"{which}: {error.message}", error.code, error.hint)
 
 
@@ -265,7 +253,7 @@ def _objects(files: list[list[Slice]]) -> list[list[Slice]]:
     for slices in files:
         head = slices[0].head
         key = head.text("ConcatenationUID")
-        if not key and (len(slices) > 1 or head.text("SOPClassUID").startswith(_SECONDARY)):
+        if not key and (len(slices) > 1 or head.text("SOPClassUID").startswith(SECONDARY)):
             key = head.text("SOPInstanceUID") + str(head.file.path)
         groups.setdefault(key, []).extend(slices)
     return [groups[key] for key in sorted(groups)]
@@ -273,23 +261,22 @@ def _objects(files: list[list[Slice]]) -> list[list[Slice]]:
 
 def _stands_alone(files: list[list[Slice]]) -> bool:
     """Whether each file of a series is a picture or a volume of its own."""
-    return len(files) > 0 and (len(files[0]) > 1 or files[0][0].head.text("Modality") not in _STACKED)
+    return len(files) > 0 and (len(files[0]) > 1 or files[0][0].head.text("Modality") not in STACKED)
 
 
 def _stacks(slices: list[Slice]) -> bool:
     """Whether these frames are meant as slices of one volume, and not as pictures of their own."""
     head = slices[0].head
-    if len(slices) == 1 or head.text("SOPClassUID").startswith(_SECONDARY):
+    if len(slices) == 1 or head.text("SOPClassUID").startswith(SECONDARY):
         return False
     if all(s.head.file is head.file for s in slices):
         return all(s.position is not None for s in slices)
-    return head.text("Modality") in _STACKED
+    return head.text("Modality") in STACKED
 
 
 def _refine(slices: list[Slice], phase: dict, policy: str) -> list[tuple[Stack, dict]]:
     """The stack; or, when it is uneven as a whole but each of its acquisitions is even, one stack an acquisition."""
-    hounsfield = _hounsfield(slices[0].head)
-    fill = f"{AIR_HU} HU" if hounsfield else "0"
+    fill = f"{AIR_HU} HU" if hounsfield(slices[0].head) else "0"
     try:
         return [(arrange(slices, "strict", _same, fill), phase)]
     except GeometryError as error:
@@ -309,25 +296,9 @@ def _refine(slices: list[Slice], phase: dict, policy: str) -> list[tuple[Stack, 
 def _same(a: Slice, b: Slice) -> bool:
     values = []
     for s in (a, b):
-        layout = Layout(s.head, _hounsfield(s.head), s.head.whole("NumberOfFrames", 1))
-        values.append(load([(s.head, s.number)], [layout], layout.dtype)[0])
+        own = layout(s.head, hounsfield(s.head))
+        values.append(load([(s.head, s.number)], [own], own.dtype)[0])
     return np.array_equal(*values)
-
-
-def _modality(head: Header) -> str:
-    code = head.text("Modality")
-    return MODALITIES.get(code, "other") if code else "unknown"
-
-
-def _hounsfield(head: Header) -> bool:
-    """Whether values after the rescale are Hounsfield units."""
-    return (
-        head.text("Modality") == "CT"
-        and not head.text("SOPClassUID").startswith(_SECONDARY)
-        and bool(head.raw("RescaleSlope").strip(b"\0 ") and head.raw("RescaleIntercept").strip(b"\0 "))
-        and head.text("RescaleType") in ("HU", "US", "")
-        and head.text("PhotometricInterpretation") in ("MONOCHROME1", "MONOCHROME2")
-    )
 
 
 def _volume(stack: Stack, policy: str, phase: dict) -> tuple[Image | Volume, list[Slice]]:
@@ -337,7 +308,7 @@ def _volume(stack: Stack, policy: str, phase: dict) -> tuple[Image | Volume, lis
         image.info["warnings"][:0] = stack.warnings
         return image, used
     layouts = _layouts(slices)
-    dtype, unit, info = _described(slices, layouts, phase)
+    dtype, unit, info = described(slices, layouts, phase)
     info["warnings"][:0] = stack.warnings
     info["tilt"] = stack.tilt
     near = [None if p is None else p[0] if p[0] == p[1] else None for p in stack.planes]
@@ -353,7 +324,7 @@ def _volume(stack: Stack, policy: str, phase: dict) -> tuple[Image | Volume, lis
 
     def read() -> np.ndarray:
         values, low, high = load(heads, layouts, dtype)
-        _judge(slices[0].head, unit, layouts[0], low, high, info["warnings"])
+        judge(slices[0].head, unit, layouts[0], low, high, info["warnings"])
         if stack.plain:
             return values
         out = np.full(shape, empty, dtype)
@@ -363,138 +334,29 @@ def _volume(stack: Stack, policy: str, phase: dict) -> tuple[Image | Volume, lis
                 out[:, plane] = values[:, a] if a == b else values[:, a] * np.float32(1 - weight) + values[:, b] * np.float32(weight)
         return out
 
-    return Volume("", Lazy(shape, dtype, read), stack.affine, _modality(slices[0].head), unit, info), slices
+    return Volume("", Lazy(shape, dtype, read), stack.affine, modality(slices[0].head), unit, info), slices
 
 
 def _image(slice: Slice, phase: dict) -> tuple[Image, list[Slice]]:
     head = slice.head
     layouts = _layouts([slice])
-    dtype, unit, info = _described([slice], layouts, phase)
-    mm, said = _plane_spacing(head)
+    dtype, unit, info = described([slice], layouts, phase)
+    mm, said = plane_spacing(head)
     info["warnings"] += said
     if slice.position is not None:
-        info["affine"] = plane_affine(slice, mm, head.number("SliceThickness") or 1.0) if mm else None
-    elif head.text("Modality") in _STACKED and not head.text("SOPClassUID").startswith(_SECONDARY):
+        info |= {"affine": plane_affine(slice, mm)} if mm else {}
+    elif head.text("Modality") in STACKED and not head.text("SOPClassUID").startswith(SECONDARY):
         info["warnings"].append("GEOMETRY_UNKNOWN: the slice has no position in the patient")
-    layout = layouts[0]
+    own = layouts[0]
 
     def read() -> np.ndarray:
         values, low, high = load([(head, slice.number)], layouts, dtype)
-        _judge(head, unit, layout, low, high, info["warnings"])
+        judge(head, unit, own, low, high, info["warnings"])
         return values[:, 0]
 
-    shape = (layout.channels, layout.rows, layout.columns)
-    return Image("", Lazy(shape, dtype, read), mm, _modality(head), unit, info), [slice]
+    shape = (own.channels, own.rows, own.columns)
+    return Image("", Lazy(shape, dtype, read), mm, modality(head), unit, info), [slice]
 
 
 def _layouts(slices: list[Slice]) -> list[Layout]:
-    return [Layout(s.head, _hounsfield(s.head), s.head.whole("NumberOfFrames", 1)) for s in slices]
-
-
-def _plane_spacing(head: Header) -> tuple[tuple[float, float] | None, list[str]]:
-    """(H, W) mm of one picture, None when unknown, and what must be said about it."""
-    mm, detector = spacing(head), head.numbers("ImagerPixelSpacing", "BAD_SPACING")
-    if detector:
-        detector = check_spacing(detector, "ImagerPixelSpacing")
-        if mm is None or (mm == detector and _modality(head) == "xray"):
-            return detector, ["DETECTOR_PLANE: the spacing holds at the detector, not in the patient"]
-    if mm is None and head.file.dataset is not None and "SequenceOfUltrasoundRegions" in head.file.dataset:
-        names = ("PhysicalUnitsXDirection", "PhysicalUnitsYDirection", "PhysicalDeltaY", "PhysicalDeltaX")
-        regions = parsed("the ultrasound regions", lambda: [[r.get(n) for n in names] for r in head.file.dataset.SequenceOfUltrasoundRegions])
-        if len(regions) != 1:
-            return None, [f"REGIONS: the picture has {len(regions)} regions, each with a spacing of its own"]
-        (across, down, high, wide) = regions[0]
-        if across == down == 3 and None not in (high, wide):  # both in centimetres; the sign only tells the direction
-            return check_spacing((10 * abs(high), 10 * abs(wide)), "the spacing of the ultrasound region"), []
-    return mm, []
-
-
-def _described(slices: list[Slice], layouts: list[Layout], phase: dict) -> tuple[np.dtype, str, dict]:
-    """(dtype, unit, info) of slices that share their description."""
-    head, layout = slices[0].head, layouts[0]
-    unit = "HU" if _hounsfield(head) else "uint8" if layout.channels == 3 and layout.dtype == np.uint8 else "raw"
-    dtype = layout.dtype
-    if len({(l.dtype, l.slope, l.intercept) for l in layouts}) > 1:
-        dtype = np.dtype(np.float32) if unit == "HU" else whole_dtype(layouts)
-        if any(l.slope != layout.slope for l in layouts):
-            dtype = np.dtype(np.float32)
-    warnings = []
-    code, position = head.text("Modality"), head.text("PatientPosition")
-    burned, lossy = head.text("BurnedInAnnotation"), head.text("LossyImageCompression") == "01" or head.file.syntax in LOSSY
-    if code == "CT" and unit != "HU" and not head.text("SOPClassUID").startswith(_SECONDARY):
-        warnings.append("NO_RESCALE: the CT does not say how its values become Hounsfield units")
-    if code in _STACKED and position not in ("", "HFS"):
-        warnings.append(f"PATIENT_POSITION: the patient lay {position if position in _POSITIONS else 'in an unusual way'}, not head first and supine")
-    if burned == "YES":
-        warnings.append("BURNED_IN: the pixels may show the patient's name")
-    if lossy:
-        warnings.append("LOSSY: the pixels were compressed with loss")
-    if head.text("SOPClassUID").startswith(_SECONDARY):
-        warnings.append("SECONDARY_CAPTURE: the picture was captured from a screen or another device")
-    info = {
-        "windows": _windows(head, warnings),
-        "inverted": layout.photometric == "MONOCHROME1",
-        "laterality": head.text("ImageLaterality") or head.text("FrameLaterality") or head.text("Laterality") or None,
-        "view": head.text("ViewPosition") or None,
-        "body_part": head.text("BodyPartExamined") or None,
-        "burned_in": {"YES": True, "NO": False}.get(burned),
-        "frame_of_reference": head.text("FrameOfReferenceUID") or None,
-        "patient_position": position or None,
-        "lossy": lossy,
-        "series": _free_text(head, "SeriesDescription"),
-        "series_number": head.whole("SeriesNumber"),
-        "sop": [s.head.text("SOPInstanceUID") or None for s in slices],
-        "files": [str(s.head.file.path) for s in slices],
-        "frames": [s.number + 1 for s in slices],
-        "phase": phase,
-        "warnings": warnings,
-    }
-    padding = head.numbers("PixelPaddingValue")
-    if padding and layout.channels == 1:
-        ends = [v * layout.slope + layout.intercept for v in (*padding[:1], *(head.numbers("PixelPaddingRangeLimit") or padding)[:1])]
-        info["padding"] = min(ends), max(ends)
-    dataset = head.file.dataset
-    if dataset is not None and "VOILUTSequence" in dataset:
-        tables = parsed("the VOI table", lambda: [(*table(item), str(item.get("LUTExplanation", ""))) for item in dataset.VOILUTSequence])
-        info["voi_lut"] = [dict(zip(("first", "bits", "values", "explanation"), t)) for t in tables]
-    return dtype, unit, info
-
-
-def _windows(head: Header, warnings: list[str]) -> list[tuple[float, float, str]]:
-    """(centre, width, explanation) of the file's own windows; those of no width are left out with a warning."""
-    try:
-        centres, widths = head.numbers("WindowCenter"), head.numbers("WindowWidth")
-    except FileError:
-        warnings.append("BAD_WINDOW: the window of the file is no number and is ignored")
-        return []
-    names = [*head.texts("WindowCenterWidthExplanation"), *[""] * len(centres)]
-    found = [(c, w, n) for c, w, n in zip(centres, widths, names) if w >= 1 or (w > 0 and head.text("VOILUTFunction") != "")]
-    if len(found) < max(len(centres), len(widths)):
-        warnings.append("BAD_WINDOW: the file has a window without width and it is ignored")
-    return found
-
-
-def _free_text(head: Header, name: str) -> str:
-    """A text attribute in the file's own character set; it may hold names, so it stays in ``info``."""
-    raw = head.raw(name).strip(b"\0 ")
-    if not raw or raw.isascii():
-        return raw.decode()
-    from pydicom.charset import convert_encodings, decode_bytes
-
-    import_pydicom()
-    try:
-        return decode_bytes(raw, convert_encodings(head.texts("SpecificCharacterSet") or ""), set())
-    except (LookupError, UnicodeError, ValueError):
-        return raw.decode("latin-1")
-
-
-def _judge(head: Header, unit: str, layout: Layout, low: float, high: float, warnings: list[str]) -> None:
-    """Checks that need the values: refuses impossible Hounsfield units, warns of empty and doubtful pictures."""
-    if unit == "HU" and high > 20000 and not layout.signed:
-        raise GeometryError(f"the CT holds {high:g} HU and declares its values unsigned", "HU_IMPLAUSIBLE")
-    said = []
-    if low == high:
-        said.append(f"EMPTY_IMAGE: all values are {low:g}")
-    elif unit == "HU" and low > -200:
-        said.append(f"NOT_HU: the least value is {low:g}, so these are hardly Hounsfield units")
-    warnings += [s for s in said if s not in warnings]
+    return [layout(s.head, hounsfield(s.head)) for s in slices]

@@ -26,14 +26,14 @@ from . import dicom_fast
 # How raw bytes become values: text, n = decimal or integer string, or a struct code; x = US or SS by PixelRepresentation.
 _TABLE = {
     "text": """00080008 ImageType, 00080016 SOPClassUID, 00080018 SOPInstanceUID, 00080060 Modality,
-        00080005 SpecificCharacterSet, 0008103E SeriesDescription, 00081030 StudyDescription, 00100020 PatientID, 00180015 BodyPartExamined,
+        00080005 SpecificCharacterSet, 0008103E SeriesDescription, 00100020 PatientID, 00180015 BodyPartExamined,
         00185100 PatientPosition, 00185101 ViewPosition, 0020000D StudyInstanceUID, 0020000E SeriesInstanceUID,
         00200052 FrameOfReferenceUID, 00200060 Laterality, 00200062 ImageLaterality, 00209072 FrameLaterality,
         00209056 StackID, 00280004 PhotometricInterpretation, 00280301 BurnedInAnnotation, 00281054 RescaleType,
         00281055 WindowCenterWidthExplanation, 00281056 VOILUTFunction, 00282110 LossyImageCompression,
         00209161 ConcatenationUID, 00089007 FrameType""",
     "n": """00180050 SliceThickness, 00180081 EchoTime, 00180082 InversionTime, 00180086 EchoNumbers, 00181060 TriggerTime,
-        00181120 GantryDetectorTilt, 00181164 ImagerPixelSpacing, 00181314 FlipAngle, 00200011 SeriesNumber,
+        00181164 ImagerPixelSpacing, 00181314 FlipAngle, 00200011 SeriesNumber,
         00200012 AcquisitionNumber, 00200013 InstanceNumber, 00200032 ImagePositionPatient, 00200037 ImageOrientationPatient,
         00200100 TemporalPositionIdentifier, 00280008 NumberOfFrames, 00280030 PixelSpacing, 00281050 WindowCenter,
         00281051 WindowWidth, 00281052 RescaleIntercept, 00281053 RescaleSlope, 00541300 FrameReferenceTime""",
@@ -89,14 +89,13 @@ class Header:
     def raw(self, name: str) -> bytes:
         return self.values.get(TAGS[name][0], b"")
 
-    def texts(self, name: str) -> list[str]:
-        """Values of a text attribute, [] when absent or empty."""
-        value = self.raw(name).rstrip(b"\0 ").decode("latin-1")
-        return [part.strip("\0 ") for part in value.split("\\")] if value else []
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Values of a text attribute, () when absent or empty."""
+        return _texts(self.raw(name))
 
     def text(self, name: str) -> str:
         """First value, "" when absent."""
-        return (self.texts(name) or [""])[0]
+        return (_texts(self.raw(name)) or ("",))[0]
 
     def numbers(self, name: str, code: str = "BAD_VALUE") -> tuple[float, ...]:
         """Values of a numeric attribute, () when absent or empty.
@@ -124,8 +123,19 @@ class Header:
             raise FileError(f"{name} is {value}, not a whole number", "BAD_VALUE")
         return default if value is None else int(value)
 
+    def count(self, name: str) -> int | None:
+        """A number that only labels: None when it makes no sense."""
+        shown = self.text(name)
+        return int(shown) if shown.isascii() and shown.removeprefix("-").isdigit() else None
+
     def _code(self, kind: str) -> str:
         return ("h" if self.whole("PixelRepresentation", 0) else "H") if kind == "x" else kind
+
+
+@lru_cache(4096)
+def _texts(value: bytes) -> tuple[str, ...]:
+    text = value.rstrip(b"\0 ").decode("latin-1")
+    return tuple(part.strip("\0 ") for part in text.split("\\")) if text else ()
 
 
 @lru_cache(4096)

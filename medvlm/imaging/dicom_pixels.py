@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 
 from ..errors import FileError
 from . import dicom_fast, limits
-from .dicom_header import File, Header, import_pydicom, parsed, quiet
+from .dicom_header import TAGS, File, Header, import_pydicom, parsed, quiet
 
 JPEG = {f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81)}
 JPEG2000 = {f"1.2.840.10008.1.2.4.{n}" for n in (90, 91, 92, 93, 201, 202, 203)}
@@ -42,10 +43,10 @@ class Layout:
         dtype: of the values that :func:`load` gives.
 
     Raises:
-        FileError: NOT_AN_IMAGE, BAD_VALUE, UNSUPPORTED, BOMB, TOO_LARGE, TRUNCATED, NO_CODEC.
+        FileError: NOT_AN_IMAGE, BAD_VALUE; from :meth:`check` also UNSUPPORTED, CORRUPT, BOMB, TOO_LARGE, TRUNCATED, NO_CODEC.
     """
 
-    def __init__(self, head: Header, hounsfield: bool, frames: int = 1):
+    def __init__(self, head: Header, hounsfield: bool):
         file = head.file
         need = ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation")
         if missing := [name for name in need if not head.raw(name)]:
@@ -84,7 +85,6 @@ class Layout:
         self.frame_bytes = self.rows * self.columns * self.samples * self.allocated // 8
         if self.photometric == "YBR_FULL_422" and file.syntax in NATIVE:
             self.frame_bytes = self.frame_bytes * 2 // 3
-        self._check(head, frames)
 
     def _dtype(self, head: Header, hounsfield: bool) -> np.dtype:
         if self.palette:
@@ -104,8 +104,8 @@ class Layout:
         ends = low * self.slope + self.intercept, high * self.slope + self.intercept
         return min(ends), max(ends)
 
-    def _check(self, head: Header, frames: int) -> None:
-        file = head.file
+    def check(self, file: File, frames: int) -> None:
+        """Raises unless the file can hold this many frames, before memory is taken for them."""
         if file.offset is None:
             raise FileError("the object holds no pixels", "NOT_AN_IMAGE")
         held = file.size - file.offset
@@ -126,6 +126,25 @@ class Layout:
             raise FileError(f"the pixel data have {file.length} bytes, but {frames} frames of {self.rows} x {self.columns} need {need}", code)
         if file.length - need >= self.frame_bytes:
             raise FileError(f"NumberOfFrames is {frames}, but the pixel data hold {file.length // self.frame_bytes} frames", "BAD_VALUE")
+
+
+_LAYOUT = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "BitsStored", "PixelRepresentation", "PhotometricInterpretation", "RescaleSlope", "RescaleIntercept")
+
+
+def layout(head: Header, hounsfield: bool, frames: int | None = None) -> Layout:
+    """The layout of a header; when ``frames`` is given, its file is checked for that many."""
+    if head.file.dataset is None:  # slices of one series share it
+        found = _shared_layout(head.file.syntax, hounsfield, *(head.raw(name) for name in _LAYOUT))
+    else:
+        found = Layout(head, hounsfield)
+    if frames is not None:
+        found.check(head.file, frames)
+    return found
+
+
+@lru_cache(256)
+def _shared_layout(syntax: str, hounsfield: bool, *values: bytes) -> Layout:
+    return Layout(Header(File("", syntax, None, None, 0), {TAGS[n][0]: v for n, v in zip(_LAYOUT, values)}), hounsfield)
 
 
 def whole_dtype(layouts: Sequence[Layout]) -> np.dtype:

@@ -43,7 +43,7 @@ class Slice:
     @property
     def order(self):
         """Sorts slices of unknown place the same way whatever their file names are."""
-        return self.head.number("InstanceNumber", 0), self.head.text("SOPInstanceUID"), self.number
+        return self.head.count("InstanceNumber") or 0, self.head.text("SOPInstanceUID"), self.number
 
 
 class Stack:
@@ -103,10 +103,11 @@ def check_spacing(values, name: str) -> tuple[float, float]:
     return values[0], values[1]
 
 
-def plane_affine(slice: Slice, mm: tuple[float, float], thickness: float) -> np.ndarray:
-    """(4, 4) of one slice; D steps by ``thickness`` along the normal."""
+def plane_affine(slice: Slice, mm: tuple[float, float]) -> np.ndarray:
+    """(4, 4) of one slice; D steps by the slice thickness (1 mm where it is unknown) along the normal."""
+    thickness = (slice.head.numbers("SliceThickness") or (0.0,))[0]
     affine = np.eye(4)
-    affine[:3, 0] = normal(slice.cosines) * thickness
+    affine[:3, 0] = normal(slice.cosines) * (thickness if thickness > 0 else 1.0)
     affine[:3, 1] = np.multiply(slice.cosines[3:], mm[0])
     affine[:3, 2] = np.multiply(slice.cosines[:3], mm[1])
     affine[:3, 3] = slice.position
@@ -156,32 +157,33 @@ def split(slices: Sequence[Slice]) -> tuple[list[tuple[list[Slice], dict]], list
 def _phases(slices: list[Slice], told: dict) -> list[tuple[list[Slice], dict]]:
     """Slices that share places, split by the first attribute that tells them apart."""
     along = np.array([s.position for s in slices]) @ normal(slices[0].cosines)
-    order = np.argsort(along, kind="stable")
-    steps = np.diff(along[order]) if len(slices) > 1 else np.ones(0)
-    twice = bool((steps <= SAME_MM).any())
-    places = 1 + int((steps > SAME_MM).sum())
+    by_place = np.argsort(along, kind="stable")
+    place = np.empty(len(slices), int)
+    place[by_place] = np.concatenate([[0], np.cumsum(np.diff(along[by_place]) > SAME_MM)])
+    places = place.max() + 1
+    twice = places < len(slices)
     if not twice and not (slices[0].head.text("Modality") == "CT" and _interleaved(slices, along)):
         return [(slices, told)]
     for name in PHASES if twice else ("AcquisitionNumber",):
-        parts: dict[bytes, list[Slice]] = {}
-        for s in slices:
-            parts.setdefault(s.head.raw(name).strip(b"\0 "), []).append(s)
-        if len(parts) == 1 or min(map(len, parts.values())) < min(3, max(map(len, parts.values()))):
+        parts: dict[bytes, list[int]] = {}
+        for i, s in enumerate(slices):
+            parts.setdefault(s.head.raw(name).strip(b"\0 "), []).append(i)
+        fewer = sum(len(set(place[part])) for part in parts.values()) > places or not twice
+        whole = all(len(part) >= 3 or 2 * len(part) > places for part in parts.values())
+        if len(parts) == 1 or not fewer or not whole:
             continue
-        if twice and max(map(len, parts.values())) == len(slices) or len(parts) > len(slices) // 2 > places:
-            continue
-        whole = [(name, part) for part in sorted(parts.values(), key=lambda p: (p[0].head.numbers(name) if p[0].head.raw(name) and _numeric(name) else p[0].head.texts(name), p[0].order))]  # fmt: skip
-        return [found for name, part in whole for found in _phases(part, {**told, name: _label(part[0].head, name)})]
+        labels = {key: _label(slices[part[0]].head, name) for key, part in parts.items()}
+        keys = sorted(parts, key=lambda key: (labels[key], slices[parts[key][0]].order))
+        return [found for key in keys for found in _phases([slices[i] for i in parts[key]], {**told, name: _shown(labels[key])})]
     return [(slices, told)]
 
 
-def _numeric(name: str) -> bool:
-    return name not in ("ImageType", "FrameType", "StackID")
+def _label(head: Header, name: str) -> tuple:
+    return head.texts(name) if name in ("ImageType", "FrameType", "StackID") else head.numbers(name)
 
 
-def _label(head: Header, name: str):
-    values = list(head.numbers(name) if _numeric(name) else head.texts(name))
-    return values[0] if len(values) == 1 else values
+def _shown(label: tuple):
+    return label[0] if len(label) == 1 else list(label)
 
 
 def _interleaved(slices: list[Slice], along: np.ndarray) -> bool:
@@ -237,7 +239,7 @@ def arrange(slices: list[Slice], policy: str, same: Callable[[Slice, Slice], boo
     slices, points, along = [slices[i] for i in keep], points[keep], along[keep]
     count, total = len(slices), along[-1] - along[0]
     planes: list = [(i, i, 0.0) for i in range(count)]
-    affine = plane_affine(slices[0], mm[0], slices[0].head.number("SliceThickness") or 1.0)
+    affine = plane_affine(slices[0], mm[0])
     if count == 1:
         return Stack(slices, affine, planes, warnings, 0.0)
 

@@ -48,7 +48,7 @@ def turned(x=0.0, y=0.0, z=0.0) -> tuple[float, ...]:
     return (*turn[:, 0], *turn[:, 1])
 
 
-@dataclass
+@dataclass(eq=False)
 class Truth:
     """Places (n, 3) LPS mm and values (n,) of all voxels of one image."""
 
@@ -236,6 +236,10 @@ MR = {"Modality": "MR", "SOPClassUID": MRImageStorage, "RescaleSlope": None, "Re
 ROUNDED = [round(i * 0.625, 2) for i in range(9)]
 
 
+def triggered(s: float, n: int, t: int) -> FileDataset:
+    return ds(s, n, pixels=(stored(s) + 1000 * (t - 1)).astype(np.int16), TriggerTime=100 * t + 7 * n, TemporalPositionIdentifier=t, **MR)
+
+
 def raw(s: float) -> np.ndarray:
     return stored(s)
 
@@ -309,6 +313,10 @@ def cases() -> list[Case]:
         Case("enhanced, one frame missing", lambda f: write(f, [enhanced(GAPPED)]), strict="GAP", fill="right", resample="right", warns=("GAP",),
              filled=[grid(even(), empty=(7.5,))], resampled=PLAIN, valid=False),
         Case("two time points", lambda f: write(f, series(TemporalPositionIdentifier=1, **MR) + series_of(later, TemporalPositionIdentifier=2, **MR)), [grid(even(), value=raw), grid(even(), value=later)]),
+        Case("two time points, a trigger time each slice", lambda f: write(f, [triggered(s, n, t) for t in (1, 2) for n, s in enumerate(even())]), [grid(even(), value=raw), grid(even(), value=later)]),
+        Case("time points and echoes", lambda f: write(f, [d for t in (1, 2) for e in (10, 90) for d in series_of(lambda s, t=t, e=e: stored(s) + 1000 * t + 100 * e, TemporalPositionIdentifier=t, EchoTime=e, **MR)]),
+             [grid(even(), value=lambda s, t=t, e=e: stored(s) + 1000 * t + 100 * e) for t in (1, 2) for e in (10, 90)]),
+        Case("instance and series numbers are no numbers", lambda f: patch(write(f, series(SeriesNumber=77)), b"\x20\x00\x11\x00IS\x02\x0077", b"\x20\x00\x11\x00IS\x02\x00xy"), PLAIN, valid=False),
         Case("two echoes", lambda f: write(f, series(EchoTime=10, **MR) + series_of(later, EchoTime=90, **MR)), [grid(even(), value=raw), grid(even(), value=later)]),
         Case("two acquisitions in one place", lambda f: write(f, series(AcquisitionNumber=1) + series_of(later, AcquisitionNumber=2)), [grid(even()), grid(even(), value=lambda s: later(s) - 1000)]),
         Case("two acquisitions, interleaved", lambda f: write(f, series(AcquisitionNumber=1) + series([s + 1.25 for s in even()], AcquisitionNumber=2)), [grid(even()), grid([s + 1.25 for s in even()])]),

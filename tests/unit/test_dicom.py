@@ -24,7 +24,8 @@ from pydicom.uid import (
 
 from medvlm.errors import HINTS, MedVLMError
 from medvlm.imaging import dicom_fast, dicom_header
-from medvlm.imaging.dicom import MODALITIES, is_dicom, read_dicom
+from medvlm.imaging.dicom import is_dicom, read_dicom
+from medvlm.imaging.dicom_info import MODALITIES
 from medvlm.imaging.scan import Image, Volume
 
 CASES = corpus.cases()
@@ -211,7 +212,8 @@ def test_a_modality_table_maps_stored_values(tmp_path):
 
 
 def test_windows_are_carried_and_not_applied(tmp_path):
-    image = one(tmp_path, WindowCenter=[40, -600, 7], WindowWidth=[400, 1500, 0], WindowCenterWidthExplanation=["SOFT", "LUNG", "NONE"])
+    image = one(tmp_path, WindowCenter=[40, -600, 7], WindowWidth=[400, 1500, -1], WindowCenterWidthExplanation=["SOFT", "LUNG", "NONE"], VOILUTFunction="SIGMOID")
+    assert image.info["voi_function"] == "SIGMOID"
     assert image.info["windows"] == [(40, 400, "SOFT"), (-600, 1500, "LUNG")] and "BAD_WINDOW" in codes(image)
     assert image.pixels[0, 0, 1] == -999
 
