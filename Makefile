@@ -30,7 +30,7 @@ $(READY): $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(TEST_READY): $(READY)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo]" "pytest>=8.4" "pytest-timeout>=2.3" "hypothesis>=6.120" "ruff>=0.12" "SimpleITK>=2.5" "playwright>=1.50" "scikit-learn>=1.5"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,test]"
 	touch $@
 
 $(BENCH_READY): $(TEST_READY)

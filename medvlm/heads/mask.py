@@ -1,7 +1,8 @@
 """Masks from points, boxes, rough masks or [SEG] states: segment-anything's prompt encoder and mask decoder.
 
 The two modules are segment-anything's own, so their weights are interchangeable with SAM's. What is added around them:
-a neck that makes one embedding out of an encoder's levels, a projection of [SEG] states to prompt tokens (LISA, Lai et
+a neck that makes one embedding out of an encoder's levels, one map a known label read straight off that embedding while
+training (deep supervision, Lee et al. 2015, arXiv:1409.5185: it makes a decoder without pretrained weights learn), a projection of [SEG] states to prompt tokens (LISA, Lai et
 al. 2023, arXiv:2308.00692, section 3.2), a probability that the target is there, and one image a prompt in a batch.
 The only file that knows SAM's (x, y) order.
 """
@@ -46,11 +47,16 @@ class Masks(NamedTuple):
 
 
 class MaskHead(nn.Module):
-    """(Features, Prompts) -> Masks. ``scale`` and ``shift`` calibrate presence: p = sigmoid(present * scale + shift)."""
+    """(Features, Prompts) -> Masks. ``scale`` and ``shift`` calibrate presence: p = sigmoid(present * scale + shift).
 
-    def __init__(self, neck: nn.Module, prompt_encoder: PromptEncoder, decoder: MaskDecoder, lm_dim: int):
+    labels: names of the maps of ``dense``, (dim) -> (labels) at the embedding's grid; used to train, not to answer.
+    """
+
+    def __init__(self, neck: nn.Module, prompt_encoder: PromptEncoder, decoder: MaskDecoder, lm_dim: int, labels: tuple[str, ...]):
         super().__init__()
         dim = decoder.transformer_dim
+        self.labels = tuple(labels)
+        self.dense = nn.Conv2d(dim, len(labels), 1) if labels else None
         self.neck, self.prompt_encoder, self.decoder = neck, prompt_encoder, decoder
         self.speak = nn.Sequential(nn.LayerNorm(lm_dim), nn.Linear(lm_dim, dim), nn.ReLU(), nn.Linear(dim, dim))
         self.presence = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
@@ -138,12 +144,13 @@ class Pyramid(nn.Module):
 
 def build(
     level_dims: tuple[int, ...], level_strides: tuple[int, ...], lm_dim: int, size: tuple[int, int],
-    dim: int = 128, stride: int = 8, depth: int = 2, heads: int = 8,
+    dim: int = 128, stride: int = 8, depth: int = 2, heads: int = 8, labels: tuple[str, ...] = (),
 ) -> MaskHead:  # fmt: skip
     """A 2-D mask head whose logits have ``stride / 4``.
 
     level_dims, level_strides: the encoder's. lm_dim: width of the [SEG] states. size: the encoder's input (H, W).
     dim, depth, heads: of the two-way transformer (SAM: 256, 2, 8). stride: of the image embedding (SAM: 16).
+    labels: targets that are known by name while training, () for none.
     """
     grid = (size[0] // stride, size[1] // stride)
     return MaskHead(
@@ -153,5 +160,5 @@ def build(
             transformer_dim=dim, num_multimask_outputs=3, iou_head_depth=3, iou_head_hidden_dim=256,
             transformer=TwoWayTransformer(depth=depth, embedding_dim=dim, mlp_dim=8 * dim, num_heads=heads),
         ),
-        lm_dim,
+        lm_dim, labels,
     )  # fmt: skip

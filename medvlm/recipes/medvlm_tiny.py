@@ -38,7 +38,7 @@ def model(tokenizer, size: int = 256, backbone: str = "regnety_004", dim: int = 
             "encoders": {"picture": {"file": "image", "args": {"model": backbone, "size": square}}},
             "projectors": {"picture": {"file": "mlp", "args": {"dim": dims[-1], "lm_dim": dim}}},
             "heads": {
-                "mask": {"file": "mask", "args": {"level_dims": dims, "level_strides": strides, "lm_dim": dim, "size": square}},
+                "mask": {"file": "mask", "args": {"level_dims": dims, "level_strides": strides, "lm_dim": dim, "size": square, "labels": list(TARGETS)}},
                 "classify": {"file": "classify", "args": {"dim": dims[-1], "labels": [*FINDINGS, *kinds, *views], "groups": [kinds, views]}},
             },
             "language": {"lm": {"file": "language", "args": {
@@ -100,7 +100,7 @@ RECIPE = Recipe(
     samples=samples,
     tokenizer=tokenizer,
     stages=(
-        Stage("see", "lm+mask+classify", EVERYTHING, PICTURES, lr=1e-3, steps=1000, batch=16, turns=4,
+        Stage("see", "lm+mask+classify", EVERYTHING, PICTURES, lr=8e-4, steps=1000, batch=16, turns=4,
               kinds={"segment": 4.0, "asked": 1.0, "finding": 1.0, "describe": 0.3, "modality": 0.5, "view": 0.5}, augment=1.0, warmup=100),
         Stage("speak", "lm+mask+classify", EVERYTHING, {**PICTURES, "report_iu": 6.0}, lr=4e-4, steps=500, batch=16, turns=5,
               kinds={"segment": 3.0, "asked": 2.0, "finding": 1.5, "describe": 1.0, "modality": 0.5, "view": 0.5, "text": 1.0},

@@ -36,7 +36,8 @@ class Turnset:
 class Case:
     """A picture as the encoder sees it, every target drawn on it, and the conversations about it.
 
-    picture: (C, h, w) in [0, 1] or None for text. masks: (M, h, w) coverage 0..255. weak, present: one a mask.
+    picture: (C, h, w) in [0, 1] or None for text. masks: (M, h, w) coverage 0..255. weak, present,
+    names (index into the mask head's labels, -1 for others): one a mask.
     """
 
     encoder: str | None
@@ -44,6 +45,7 @@ class Case:
     masks: Tensor
     weak: list[bool]
     present: list[bool]
+    names: list[int]
     labels: list[float]
     turns: list[Turnset]
     source: str
@@ -56,17 +58,18 @@ def prepare(model: MedVLM, tokenizer, samples: Sequence[Sample]) -> list[Case]:
         key = (sample.meta.get("row"), *sample.images)
         groups[key].append(sample)
     names = model.heads["classify"].labels if "classify" in model.heads else ()
+    outlined = model.heads["mask"].labels if "mask" in model.heads else ()
     cases = []
     for (row, *_), members in groups.items():
         image = next(iter(members[0].images.values()), None)
         if image is None:
             turns = [Turnset(encode(tokenizer, s, {}), s.meta.get("kind", "text")) for s in members]
-            cases.append(Case(None, None, torch.zeros(0), [], [], [], turns, str(row)))
+            cases.append(Case(None, None, torch.zeros(0), [], [], [], [], turns, str(row)))
             continue
         encoder = model.route(image.modality)
         spec = model.encoders[encoder].spec
         picture, frame = to_tensor(image, spec)
-        masks, weak, present, turns = [], [], [], []
+        masks, weak, present, drawn, turns = [], [], [], [], []
         for sample in members:
             target = None
             for area in (*sample.masks, *sample.regions):
@@ -78,10 +81,11 @@ def prepare(model: MedVLM, tokenizer, samples: Sequence[Sample]) -> list[Case]:
                 masks.append((frame.mask_to_input(array) * 255).round().to(torch.uint8))
                 weak.append(box is not None)
                 present.append(bool(array.any()))
+                drawn.append(outlined.index(area.label) if area.label in outlined else -1)
             turns.append(Turnset(encode(tokenizer, sample, {image.id: model.count(encoder)}), sample.meta.get("kind", "asked"), target))
         stack = torch.stack(masks) if masks else torch.zeros(0, *spec.size, dtype=torch.uint8)
         labels = known(members[0].labels, names)
-        cases.append(Case(encoder, (picture * 255).round().to(torch.uint8), stack, weak, present, labels, turns, str(row)))
+        cases.append(Case(encoder, (picture * 255).round().to(torch.uint8), stack, weak, present, drawn, labels, turns, str(row)))
     return cases
 
 
@@ -117,11 +121,11 @@ def draw(cases: Sequence[Case], tokenizer, rng: np.random.Generator, turns: int,
     torch.manual_seed(int(rng.integers(2**31)))
     geometry, grey = augmentation(strength)
     pictures: dict[str, list[Tensor]] = defaultdict(list)
-    labels, rows, places, masks, weak, present = [], [], [], [], [], []
+    labels, rows, places, masks, weak, present, drawn = [], [], [], [], [], [], []
     for case in cases:
         weights = np.array([kinds.get(t.kind, 1.0) for t in case.turns])
         weights = weights / np.maximum(1, [sum(o.kind == t.kind for o in case.turns) for t in case.turns])
-        count = min(turns if case.picture is not None else turns, int((weights > 0).sum()))
+        count = min(turns, int((weights > 0).sum()))
         chosen = rng.choice(len(case.turns), size=count, replace=False, p=weights / weights.sum()) if count else []
         slot = None
         if case.picture is not None:
@@ -145,8 +149,9 @@ def draw(cases: Sequence[Case], tokenizer, rng: np.random.Generator, turns: int,
                 masks.append(torch.Tensor(next(moved).float()) / 255)
                 weak.append(case.weak[turn.target])
                 present.append(float(case.present[turn.target]))
+                drawn.append(case.names[turn.target])
     batch = collate(tokenizer, rows, places, {k: torch.stack(v) for k, v in pictures.items()})
     batch.targets = {"labels": torch.tensor(labels, dtype=torch.float32)}
     if masks:
-        batch.targets |= {"mask": torch.stack(masks), "weak": torch.tensor(weak), "present": torch.tensor(present)}
+        batch.targets |= {"mask": torch.stack(masks), "weak": torch.tensor(weak), "present": torch.tensor(present), "label": torch.tensor(drawn)}
     return batch

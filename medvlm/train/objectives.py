@@ -21,7 +21,8 @@ def mask(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     """Masks drawn from [SEG] states, and again from a point or a box inside the same target.
 
     batch.targets: "mask" (S, h, w) coverage of the input in [0, 1]; "weak" (S,) true where it is only a box;
-    "present" (S,). Exact masks: cross-entropy + Dice (Milletari et al. 2016, arXiv:1606.04797). Boxes: nothing outside,
+    "present" (S,); "label" (S,) index into the head's labels, -1 for others. An absent target teaches presence only:
+    its outline is never shown, and learning empty maps would drown the few that are drawn. Exact masks: cross-entropy + Dice (Milletari et al. 2016, arXiv:1606.04797). Boxes: nothing outside,
     and the same shadow on both axes (BoxInst, Tian et al. 2021, arXiv:2012.02310, equation 2).
     """
     if batch.seg is None or not len(batch.seg):
@@ -37,6 +38,11 @@ def mask(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
         "mask": mask_loss(drawn, target, weak, present),
         "present": F.binary_cross_entropy_with_logits(drawn.present.float(), present),
     }
+    label = batch.targets["label"]
+    named = (label >= 0) & present.bool()
+    if head.dense is not None and named.any():
+        maps = Masks(head.dense(embedding)[index[named], label[named]], drawn.quality[named].detach(), drawn.present[named])
+        losses["dense"] = mask_loss(maps, target[named], weak[named], present[named])
     clicked = (present.bool() & ~weak).nonzero()[:, 0]
     if len(clicked):
         boxes, points = box_prompts(target[clicked]), point_prompts(target[clicked])
@@ -52,15 +58,15 @@ def mask(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
 
 
 def mask_loss(drawn: Masks, target: Tensor, weak: Tensor, present: Tensor) -> Tensor:
-    """Mean over prompts of the loss of one mask; see :func:`mask`. target: (S, h, w) at any multiple of the logits' size."""
+    """Mean over the prompts whose target is there of the loss of one mask; see :func:`mask`. target: (S, h, w) at any multiple of the logits' size."""
     logits = drawn.logits.float()
     target = F.adaptive_avg_pool2d(target[:, None].float(), logits.shape[1:])[:, 0]
     chance = logits.sigmoid()
-    exact = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2)) + present * dice_loss(chance, target)
+    exact = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2)) + dice_loss(chance, target)
     outside = (F.binary_cross_entropy_with_logits(logits, torch.zeros_like(target), reduction="none") * (1 - target)).mean((1, 2))
     shadow = sum(dice_loss(chance.amax(axis)[:, None], target.amax(axis)[:, None]) for axis in (1, 2))
     quality = F.mse_loss(drawn.quality.float(), overlap(logits.detach() > 0, target > 0.5), reduction="none")
-    return torch.where(weak, outside + 0.5 * shadow, exact + 0.1 * quality * present).mean()
+    return (torch.where(weak, outside + 0.5 * shadow, exact + 0.1 * quality) * present).sum() / present.sum().clamp(min=1)
 
 
 def dice_loss(chance: Tensor, target: Tensor) -> Tensor:
