@@ -15,7 +15,7 @@ from ..datasets.instruct import MODALITY_WORDS, side_of
 from ..errors import ModelError
 from ..imaging.scan import Image, Study, Volume
 from ..language import END, IMAGE, ROLES, SEG, Batch, collate, encode
-from ..preprocess import Frame, to_tensor
+from ..preprocess import to_tensor
 from ..sample import Answer, Finding, Measurement, Region, Report, Sample, Segmentation, Sentence, Turn, box_of
 from ..vlm import MedVLM
 from .base import Model, check_question, pick

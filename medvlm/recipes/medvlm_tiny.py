@@ -5,9 +5,11 @@ An encoder, a language model of four layers and SAM's decoder learn together fro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import timm
 
 from ..datasets import instruct, manifest
@@ -21,6 +23,9 @@ TARGETS = ("right lung", "left lung", "heart and mediastinum", "airways", "groun
 FINDINGS = ("COVID-19 pneumonia", "bacterial pneumonia", "pneumonia", "ARDS", "ground-glass opacity", "consolidation",
             "pleural effusion", "pneumothorax", "cardiomegaly", "endotracheal tube", "nasogastric tube",
             "central venous line")  # fmt: skip
+REPORTED = ("ground-glass opacity", "consolidation", "cardiomegaly", "endotracheal tube", "nasogastric tube",
+            "COVID-19 pneumonia", "bacterial pneumonia", "pneumonia", "ARDS")  # fmt: skip
+"""Findings with at least five images with and five without them in train: only these are put into a report."""
 MODALITIES = ("xray", "ct", "mr", "fundus", "pathology")
 VIEWS = ("PA", "AP")
 SLICES_A_VOLUME = 6
@@ -50,7 +55,7 @@ def model(tokenizer, size: int = 256, backbone: str = "regnety_004", dim: int = 
         },
         about={
             "name": "medvlm-tiny", "version": "0.1.0", "routes": {"*": "picture"}, "reads": ["xray"],
-            "targets": list(TARGETS), "findings": list(FINDINGS), "anatomy": list(TARGETS[:4]),
+            "targets": list(TARGETS), "findings": list(REPORTED),
         },
         image_token_id=token(IMAGE), seg_token_id=token(SEG),
     )  # fmt: skip
@@ -89,6 +94,53 @@ def tokenizer(texts):
     return train_tokenizer(texts, vocab_size=2048)
 
 
+def calibrate(model, tokenizer, val: list[Sample]) -> dict:
+    """Fit the three probabilities on val: findings, presence of an outline, yes/no answers. One scale and shift each.
+
+    Gives, for each, the number of pairs and the mean log loss before and after.
+    """
+    import torch
+
+    from ..evaluate.statistics import fit_platt
+    from ..predictors.native import NativeModel, choices_of
+
+    reader = NativeModel(model, tokenizer)
+    head, mask = model.heads["classify"], model.heads["mask"]
+    pairs: dict[str, list[tuple[float, float]]] = {"findings": [], "present": [], "yes_no": []}
+    rows: dict[str, list[Sample]] = {}
+    for sample in val:
+        if sample.images:
+            rows.setdefault(str(sample.meta["row"]), []).append(sample)
+    for group in rows.values():
+        (picture,) = group[0].images.values()
+        name, features, *_ = reader._look(picture)
+        with torch.no_grad():
+            logits = head(features[name])[0].tolist()
+        pairs["findings"] += [(logits[head.labels.index(k)], v) for k, v in group[0].labels.items() if k in FINDINGS]
+        drawn = [s for s in group if s.meta["kind"] == "segment"]
+        for sample, found in zip(drawn, reader._outline(picture, [(s.masks or s.regions)[0].label for s in drawn]) if drawn else ()):
+            truth = float(bool(sample.regions and not sample.masks) or sample.masks[0].array.any())
+            pairs["present"].append((math.log(max(found.present, 1e-6) / max(1 - found.present, 1e-6)), truth))
+        for sample in group:
+            if sample.meta["kind"] == "asked" and sample.answer in ("yes", "no") and choices_of(sample.question) == ("yes", "no"):
+                yes = reader.choose(picture, sample.question, ("yes", "no"))["yes"]
+                pairs["yes_no"].append((math.log(max(yes, 1e-6) / max(1 - yes, 1e-6)), float(sample.answer == "yes")))
+    report = {}
+    for kind, found in pairs.items():
+        z, y = (np.array(column) for column in zip(*found)) if found else (np.zeros(0), np.zeros(0))
+        scale, shift = fit_platt(z, y)
+        loss = [float((np.logaddexp(0, a) - a * y).mean()) if len(y) else None for a in (z, z * scale + shift)]
+        report[kind] = {"pairs": len(y), "scale": scale, "shift": shift, "log_loss": loss}
+    grouped = {n for g in head.groups for n in g}
+    for i, label in enumerate(head.labels):
+        if label not in grouped:
+            head.scale[i], head.shift[i] = report["findings"]["scale"], report["findings"]["shift"]
+    mask.scale.fill_(report["present"]["scale"])
+    mask.shift.fill_(report["present"]["shift"])
+    model.config.about = {**model.config.about, "calibration": {"yes_no": [report["yes_no"]["scale"], report["yes_no"]["shift"]]}}
+    return report
+
+
 EVERYTHING = ("encoders.*", "projectors.*", "heads.*", "lm.*")
 PICTURES = {"xray_covid": 10.0, "vqa_rad": 4.0, "fundus_chase": 0.5, "path_bccd": 0.5, "path_dsb_nuclei": 0.5,
             "vol_deeplesion": 0.3, "vol_totalseg": 0.4}  # fmt: skip
@@ -107,4 +159,5 @@ RECIPE = Recipe(
               augment=0.7, warmup=30),
     ),
     tasks=("segment", "vqa", "probe"),
+    finish=calibrate,
 )  # fmt: skip

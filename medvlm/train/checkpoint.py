@@ -44,10 +44,13 @@ def read_state(path: Path) -> dict:
     return json.loads((path / "state.json").read_text())
 
 
-def restore(path: Path, model, optimizer=None) -> None:
-    """Load weights (all of them, or BAD_CHECKPOINT) and the optimiser's state."""
+def restore(path: Path, model) -> None:
+    """Load the weights: all of them, or BAD_CHECKPOINT."""
     missing, unexpected = model.load_state_dict(load_file(path / "model.safetensors"), strict=False)
     if missing or unexpected:
         raise ModelError(f"the checkpoint lacks {missing[:3]} and has unknown {unexpected[:3]}", "BAD_CHECKPOINT", "was the recipe changed?")
-    if optimizer is not None:
-        optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+
+
+def restore_optimizer(path: Path, optimizer) -> None:
+    """Load the optimiser's state of a stage that was stopped in the middle."""
+    optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))

@@ -68,6 +68,8 @@ def train(recipe, data: str | Path, out: str | Path, resume: bool = False, seed:
 
     last = checkpoint.newest(state_folder) if resume else None
     state = checkpoint.read_state(last) if last else {"stage": 0, "step": 0}
+    if last:
+        checkpoint.restore(last, accelerator.unwrap_model(model))
     stopped = _StopOnSignal()
     with stopped, (out / "log.jsonl").open("a") as log:
         for number, stage in enumerate(recipe.stages):
@@ -75,8 +77,8 @@ def train(recipe, data: str | Path, out: str | Path, resume: bool = False, seed:
                 continue
             optimizer = accelerator.prepare(_optimizer(accelerator.unwrap_model(model), stage))
             start = 0
-            if last and number == state["stage"]:
-                checkpoint.restore(last, accelerator.unwrap_model(model), optimizer)
+            if last and number == state["stage"] and state["step"]:
+                checkpoint.restore_optimizer(last, optimizer)
                 start = state["step"]
             run = _Stage(stage, number, seed, accelerator, model, optimizer, tokenizer, cases, val, log)
             saved = time.monotonic()
