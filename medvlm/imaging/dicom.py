@@ -102,14 +102,14 @@ def read_dicom(files: Iterable[Path], policy: str = "strict") -> list[Study]:
     found: dict[str, dict[str, list[list[Slice]]]] = {}
     refused: list[tuple[str, MedVLMError]] = []
     damaged: dict[tuple[str, str], MedVLMError] = {}
-    queue, known = list(enumerate(files, 1)), {str(f) for f in files}
+    queue = list(enumerate(files, 1))
     for ordinal, path in queue:
         study = series = ""
         try:
             head = read_header(path)
             if _is_directory(head):
-                named = _referenced(head, Path(path))
-                queue += [(ordinal, p) for p in named if str(p) not in known and not known.add(str(p))]
+                named, known = _referenced(head, Path(path)), {Path(p).resolve() for _, p in queue}
+                queue += [(ordinal, p) for p in named if p.resolve() not in known]
                 if not named and len(files) == 1:
                     raise FileError("none of the files that the DICOMDIR names is there", "NOT_FOUND")
                 continue
@@ -204,7 +204,8 @@ def _slices(head: Header) -> list[Slice]:
     """The frames of one file, once it is sure that the file can hold them."""
     count = head.whole("NumberOfFrames", 1)
     layout(head, False, max(1, count))
-    return [Slice(h, i) for i, h in enumerate(frames(head))]
+    strict = count > 1 or head.text("Modality") in STACKED and not head.text("SOPClassUID").startswith(SECONDARY)
+    return [Slice(h, i, strict) for i, h in enumerate(frames(head))]
 
 
 def _images(series: dict[str, list[list[Slice]]], policy: str):
@@ -224,7 +225,7 @@ def _images(series: dict[str, list[list[Slice]]], policy: str):
                     parts, said = split(group)
                     warnings += said
                 else:
-                    parts = [([s], {}) for s in sorted(group, key=lambda s: s.order)]
+                    parts = [([s], {}) for s in group]
             except MedVLMError as error:
                 errors.append(_named(error, group))
             for slices, phase in parts:
@@ -256,7 +257,7 @@ def _objects(files: list[list[Slice]]) -> list[list[Slice]]:
         if not key and (len(slices) > 1 or head.text("SOPClassUID").startswith(SECONDARY)):
             key = head.text("SOPInstanceUID") + str(head.file.path)
         groups.setdefault(key, []).extend(slices)
-    return [groups[key] for key in sorted(groups)]
+    return [sorted(groups[key], key=lambda s: s.order) for key in sorted(groups)]
 
 
 def _stands_alone(files: list[list[Slice]]) -> bool:
@@ -280,14 +281,18 @@ def _refine(slices: list[Slice], phase: dict, policy: str) -> list[tuple[Stack, 
     try:
         return [(arrange(slices, "strict", _same, fill), phase)]
     except GeometryError as error:
-        runs: dict[bytes, list[Slice]] = {}
+        runs: dict[int | None, list[Slice]] = {}
         for s in slices:
-            runs.setdefault(s.head.raw("AcquisitionNumber").strip(b"\0 "), []).append(s)
-        if error.code in ("GAP", "UNEVEN_SPACING") and len(runs) > 1 and min(map(len, runs.values())) >= 3:
+            runs.setdefault(s.head.count("AcquisitionNumber"), []).append(s)
+        if error.code in ("GAP", "UNEVEN_SPACING") and len(runs) > 1 and None not in runs and min(map(len, runs.values())) >= 3:
             try:
-                return [(arrange(run, "strict", _same, fill), {**phase, "AcquisitionNumber": run[0].head.number("AcquisitionNumber")}) for _, run in sorted(runs.items())]
+                stacks = [(arrange(runs[n], "strict", _same, fill), {**phase, "AcquisitionNumber": n}) for n in sorted(runs)]
             except GeometryError:
                 pass  # the acquisitions are no better than the whole: the first error says what is wrong
+            else:
+                for stack, _ in stacks:
+                    stack.warnings.append(f"ACQUISITIONS: as a whole {error.message}; each of the {len(runs)} acquisitions was read by itself")
+                return stacks
         if policy == "strict":
             raise
     return [(arrange(slices, policy, _same, fill), phase)]
@@ -345,6 +350,8 @@ def _image(slice: Slice, phase: dict) -> tuple[Image, list[Slice]]:
     info["warnings"] += said
     if slice.position is not None:
         info |= {"affine": plane_affine(slice, mm)} if mm else {}
+    elif slice.doubt:
+        info["warnings"].append(f"GEOMETRY_UNKNOWN: {slice.doubt}")
     elif head.text("Modality") in STACKED and not head.text("SOPClassUID").startswith(SECONDARY):
         info["warnings"].append("GEOMETRY_UNKNOWN: the slice has no position in the patient")
     own = layouts[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+from io import FileIO
 
 import numpy as np
 
@@ -47,12 +48,12 @@ def header(path, wanted: frozenset[int], unknown: frozenset[int]):
 
     unknown: tags at the outer level that this path cannot serve; a file that has one is left to pydicom.
     """
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
-        size, reach, found = os.fstat(fd).st_size, FIRST_READ, "short"
-        while found == "short" and reach <= LAST_READ:
-            found = _parse(os.pread(fd, reach, 0), wanted, unknown)
-            reach = reach * 16 if reach < size else LAST_READ + 1
+        size, head, found = os.fstat(fd).st_size, b"", "short"
+        while found == "short" and len(head) < min(size, LAST_READ) and (more := os.read(fd, 15 * len(head) or FIRST_READ)):
+            head += more
+            found = _parse(head, wanted, unknown)
     finally:
         os.close(fd)
     return None if found is None or found == "short" else (*found, size)
@@ -137,11 +138,9 @@ def _skip(head, at, explicit, depth):
 
 def pixels(path, offset: int, raw: np.ndarray, bits: int) -> None:
     """Read the stored values of one frame straight into ``raw`` (H, W), and clear what lies above ``bits``."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        got = os.preadv(fd, [raw.reshape(-1).view(np.uint8)], offset)
-    finally:
-        os.close(fd)
+    with FileIO(path) as file:
+        file.seek(offset)
+        got = file.readinto(raw.reshape(-1).view(np.uint8))
     if got != raw.nbytes:
         raise EOFError
     if unused := 8 * raw.itemsize - bits:

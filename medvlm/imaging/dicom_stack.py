@@ -10,14 +10,17 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..errors import FileError, GeometryError
+from ..errors import FileError, GeometryError, MedVLMError
 from .dicom_header import Header
 
 EVEN = 0.01
 """Slices count as evenly spaced when no distance departs further than this share from the usual one."""
 SAME_MM = 1e-3
 """Slices count as lying in one place when they are no further apart (mm)."""
-SAME_COSINE = 1e-3
+SAME_COSINE = 1e-4
+"""Directions are one when no component differs further: 0.05 mm at the edge of a 500 mm field."""
+UNIT = 1e-3
+"""Directions this far from two perpendicular vectors of length 1 are rounded; further, they are wrong."""
 POLICIES = ("strict", "fill", "resample")
 PHASES = (
     "EchoTime", "EchoNumbers", "EffectiveEchoTime", "TemporalPositionIdentifier", "TemporalPositionIndex", "AcquisitionNumber",
@@ -28,17 +31,23 @@ PHASES = (
 
 
 class Slice:
-    """One frame: its header, its number in the file (from 0), position (3,) and directions (6,) or None."""
+    """One frame: its header, its number in the file (from 0), position (3,) and directions (6,) or None.
 
-    __slots__ = ("cosines", "head", "number", "position")
+    ``doubt`` says why the place of a picture that needs none was not believed; a slice of a volume is refused instead.
+    """
 
-    def __init__(self, head: Header, number: int):
-        self.head, self.number = head, number
-        self.position = _vector(head, "ImagePositionPatient", 3)
-        cosines = _vector(head, "ImageOrientationPatient", 6)
-        self.cosines = None if cosines is None else _unit(cosines)
-        if self.cosines is None:
-            self.position = None
+    __slots__ = ("cosines", "doubt", "head", "number", "position")
+
+    def __init__(self, head: Header, number: int, strict: bool):
+        self.head, self.number, self.doubt, self.position, self.cosines = head, number, None, None, None
+        try:
+            position, cosines = _vector(head, "ImagePositionPatient", 3), _vector(head, "ImageOrientationPatient", 6)
+            if position and cosines:
+                self.position, self.cosines = position, _unit(cosines)
+        except MedVLMError as error:
+            if strict:
+                raise
+            self.doubt = error.message
 
     @property
     def order(self):
@@ -76,7 +85,7 @@ def _unit(cosines: tuple[float, ...]) -> tuple[float, ...]:
     """Directions of exactly unit length, or BAD_ORIENTATION when they are not two perpendicular unit vectors."""
     a, b, c, d, e, f = cosines
     row, column, skew = a * a + b * b + c * c, d * d + e * e + f * f, a * d + b * e + c * f
-    if max(abs(row**0.5 - 1), abs(column**0.5 - 1), abs(skew)) > SAME_COSINE:
+    if max(abs(row**0.5 - 1), abs(column**0.5 - 1), abs(skew)) > UNIT:
         raise GeometryError(f"ImageOrientationPatient is {list(cosines)}, not two perpendicular directions of length 1", "BAD_ORIENTATION")
     row, column = row**0.5, column**0.5
     return a / row, b / row, c / row, d / column, e / column, f / column
