@@ -28,6 +28,7 @@ from ..sample import NOTICE, Answer, Region, Report
 from . import viewer
 
 HOST = "127.0.0.1"
+NAMES = (HOST, "localhost")
 PORTS = 50
 """How many ports after the wanted one are tried."""
 MAX_UPLOAD = "2gb"
@@ -177,20 +178,24 @@ class Desk:
 
 
 @functools.cache
+def _private() -> Scratch:
+    """The folder that uploads pass through; it ends with the program."""
+    return Scratch()
+
+
 def _gradio():
-    """Gradio without telemetry, and with a private folder for uploads that ends with the program.
+    """Gradio without telemetry and with its files in the private folder.
 
     Raises:
         MedVLMError: MISSING_EXTRA.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    _gradio.scratch = Scratch()  # type: ignore[attr-defined]
-    os.environ["GRADIO_TEMP_DIR"] = str(_gradio.scratch.path)  # type: ignore[attr-defined]
+    os.environ["GRADIO_TEMP_DIR"] = str(_private().path)
     try:
         import gradio
     except ImportError as error:
         raise MedVLMError("the review page needs gradio, which is not installed", "MISSING_EXTRA",
-                          'install the demo extra of this package: pip install "medvlm-toolkit[demo]", or in a checkout pip install ".[demo]"') from error  # fmt: skip
+                          'install the demo extra: pip install "medvlm-toolkit[demo]", or in a checkout pip install -e ".[demo]"') from error  # fmt: skip
     return gradio
 
 
@@ -214,13 +219,13 @@ def build(model: Model, opened: Sequence[tuple[str, Study]] = ()):
                     image_box = gr.Dropdown(label="Image", choices=[], interactive=True, scale=3, min_width=180, elem_id="mv-image", visible=False)
                     kind_box = gr.Dropdown(label="Kind of picture", choices=[(viewer.UNKNOWN if m == "unknown" else m, m) for m in MODALITIES], interactive=True,
                                            scale=2, min_width=150, elem_id="mv-kind", visible=False)  # fmt: skip
-                    upload = gr.UploadButton("Open files…", file_count="multiple", scale=1, min_width=130, elem_id="mv-upload")
+                    upload = gr.UploadButton("Open files…", file_count="multiple", scale=1, min_width=150, elem_id="mv-upload")
                 status = gr.HTML("", elem_id="mv-status")
                 stage = gr.HTML("", elem_id="mv-view", js_on_load=SCROLL)
                 slices = gr.Slider(1, 2, value=1, step=1, label="Slice", visible=False, elem_id="mv-slice", buttons=[])
                 with gr.Row(elem_classes="mv-bar-row"):
                     preset = gr.Radio([viewer.FILE_WINDOW], value=viewer.FILE_WINDOW, label="Window", visible=False, scale=5, elem_id="mv-preset")
-                    invert = gr.Checkbox(False, label="Invert grey", scale=1, min_width=120, elem_id="mv-invert")
+                    grey = gr.Checkbox(False, label="Invert grey", scale=1, min_width=120, elem_id="mv-invert")
                 notes = gr.HTML("", elem_id="mv-notes")
             with gr.Column(scale=5, min_width=400):
                 overlays = gr.CheckboxGroup([], label="Overlays", visible=False, elem_id="mv-overlays")
@@ -239,11 +244,11 @@ def build(model: Model, opened: Sequence[tuple[str, Study]] = ()):
                     go = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="mv-ask")
                 answers = gr.HTML("", elem_id="mv-answers", js_on_load=PICK)
 
-        looks = [preset, invert, overlays, opacity, style]
+        looks = [preset, grey, overlays, opacity, style]
         told = [findings, sentences, answers]
         shown = [stage, status]  # not the slider: it must not jump under the hand that moves it
         places = [*told, overlays, drawing, slices, *shown]
-        page = [desk, study_box, image_box, kind_box, preset, notes, about, *places]
+        page = [desk, study_box, image_box, kind_box, preset, grey, notes, about, *places]
 
         def picture(case: Case, preset: str, invert: bool, labels: Sequence[str], opacity: float, style: str) -> dict:
             colour = viewer.colours(list(case.regions))
@@ -282,6 +287,7 @@ def build(model: Model, opened: Sequence[tuple[str, Study]] = ()):
                 image_box: gr.update(choices=images, value=case.image.id, visible=len(images) > 1),
                 kind_box: gr.update(value=case.image.modality, visible=case.untold),
                 preset: gr.update(choices=list(scene.presets), value=viewer.FILE_WINDOW, visible=len(scene.presets) > 1),
+                grey: gr.update(visible=case.image.shape[0] == 1),
                 notes: viewer.notes(case.study, scene), about: viewer.about_study(case.study, case.image),
                 **lit(case, viewer.FILE_WINDOW, invert, opacity, style),
                 slices: gr.update(maximum=max(2, scene.slices), value=case.at + 1, visible=scene.slices > 1),
@@ -370,7 +376,7 @@ def build(model: Model, opened: Sequence[tuple[str, Study]] = ()):
         hidden = {"api_visibility": "private", "show_progress": "hidden"}
         waits = {"api_visibility": "private", "show_progress": "minimal"}
         busy = {**waits, "concurrency_limit": 1, "concurrency_id": "model"}
-        still = [invert, opacity, style]
+        still = [grey, opacity, style]
         for opening in (
             blocks.load(begin, still, page, **hidden),
             study_box.input(open_study, [desk, study_box, *still], page, **hidden),
@@ -538,7 +544,10 @@ def _swatches() -> str:
 
 
 class _Sealed:
-    """Adds to every answer what keeps the browser on this host."""
+    """Answers only those who ask for this host by name, and tells the browser to stay on it.
+
+    A foreign site that points its own name at 127.0.0.1 would else read the page through its visitor's browser.
+    """
 
     def __init__(self, app):
         self.app = app
@@ -550,4 +559,9 @@ class _Sealed:
                 message = {**message, "headers": [*message.get("headers", ()), *extra]}
             await send(message)
 
+        asked = dict(scope.get("headers", ())).get(b"host", b"").decode("latin-1")
+        if scope["type"] != "lifespan" and asked.rpartition(":")[0] not in NAMES:
+            await sealed({"type": "http.response.start", "status": 421, "headers": []})
+            await sealed({"type": "http.response.body", "body": b"This page is served to this machine only."})
+            return
         await self.app(scope, receive, sealed)

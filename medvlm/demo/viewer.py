@@ -145,14 +145,18 @@ def paint(masks: Sequence[tuple[str, np.ndarray]], size: tuple[float, float], op
 
     factor = LONGEST / max(size)
     high, wide = (max(1, round(s * factor)) for s in size)
-    over = np.zeros((high, wide, 4), np.uint8)
+    ink, cover = np.zeros((high, wide, 3), np.float32), np.zeros((high, wide, 1), np.float32)
+    edges = []
     for colour, mask in masks:
         smooth = Picture.fromarray(mask.astype(np.uint8) * 255).resize((wide, high), Picture.Resampling.BILINEAR)
         inside = np.asarray(smooth) > 127
-        edge = inside & ~binary_erosion(inside, iterations=3, border_value=0)
-        rgb = tuple(bytes.fromhex(colour[1:]))
-        if fill:
-            over[inside & ~edge] = (*rgb, round(255 * 0.45 * opacity))
+        rgb = np.frombuffer(bytes.fromhex(colour[1:]), np.uint8)
+        edges.append((rgb, inside & ~binary_erosion(inside, iterations=3, border_value=0)))
+        if fill:  # where two overlap both are seen through each other
+            here = 0.45 * opacity * inside[..., None]
+            ink, cover = rgb * here + ink * (1 - here), here + cover * (1 - here)
+    over = np.concatenate([ink / np.maximum(cover, 1e-6), 255 * cover], axis=-1).round().astype(np.uint8)
+    for rgb, edge in edges:
         over[edge] = (*rgb, round(255 * opacity))
     return over
 

@@ -1,8 +1,14 @@
 """The review page in a real browser: a model with known answers, known masks, and every request watched."""
 
 import io
+import os
 import re
+import signal
+import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,8 +74,6 @@ def ct() -> Study:
 def browser():
     driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     pytest.importorskip("gradio", reason="gradio is not installed")
-    import os
-
     if not os.path.exists(CHROMIUM):
         pytest.skip("there is no Chromium")
     with driver.sync_playwright() as p:
@@ -118,12 +122,23 @@ def oracle():
 
 
 @pytest.fixture(scope="module")
-def address(browser, oracle):
+def called():
+    """Every address that Python itself connects to or looks up while the pages are served."""
+    seen, connect, lookup = [], socket.socket.connect, socket.getaddrinfo
+    socket.socket.connect = lambda self, to: (seen.append(str(to[0] if isinstance(to, tuple) else to)), connect(self, to))[1]
+    socket.getaddrinfo = lambda host, *args, **more: (seen.append(str(host)), lookup(host, *args, **more))[1]
+    yield seen
+    socket.socket.connect, socket.getaddrinfo = connect, lookup
+
+
+@pytest.fixture(scope="module")
+def address(browser, oracle, called):
     from medvlm.demo import app
 
     blocks = app.build(oracle, [("film", xray()), ("scan", ct())])
     yield app.serve(blocks)
     blocks.close(verbose=False)
+    assert set(called) <= {"127.0.0.1", "localhost"}
 
 
 @pytest.fixture
@@ -293,9 +308,6 @@ def test_no_patient_in_the_page(visit, tmp_path):
 
 def nothing_of_the_patient(visit) -> None:
     """No tag text and no file name in the page, in an address or on the disk."""
-    import os
-    from pathlib import Path
-
     part = NAME.split("^")[0].lower()
     inputs = visit.page.eval_on_selector_all("input, textarea", "all => all.map(e => e.value).join(' ')")
     for where in (visit.page.content(), inputs, " ".join(visit.urls), " ".join(visit.wrong)):
@@ -339,16 +351,19 @@ def test_an_empty_page_waits_for_files(browser, oracle):
 
 def test_the_server_seals_the_page_and_hides_what_it_need_not_show(address):
     from urllib.error import HTTPError
-    from urllib.request import urlopen
+    from urllib.request import Request, urlopen
 
     with urlopen(address) as answer:
         policy = answer.headers["content-security-policy"]
         assert "default-src 'self'" in policy and "connect-src 'self'" in policy and "http" not in policy
     assert address.startswith("http://127.0.0.1:")
-    for path in ("docs", "openapi.json", "gradio_api/file=/etc/passwd"):
+    for path in ("docs", "openapi.json", "gradio_api/file=/etc/hostname", f"gradio_api/file={Path(__file__).resolve()}"):
         with pytest.raises(HTTPError) as refused:
             urlopen(f"{address}{path}")
         assert refused.value.code in (403, 404), path
+    with pytest.raises(HTTPError) as refused:
+        urlopen(Request(address, headers={"Host": "elsewhere.example"}))
+    assert refused.value.code == 421
     with urlopen(f"{address}gradio_api/info") as answer:
         assert b'"named_endpoints":{}' in answer.read().replace(b" ", b"")
 
@@ -361,3 +376,39 @@ def test_a_busy_port_gives_the_next_one(address, capsys):
     assert f"port {taken} is in use; taking" in capsys.readouterr().err
     with pytest.raises(UsageError, match="a port is a number"):
         app.free_port(70000)
+
+
+def test_what_stops_the_demo_is_one_line(tmp_path):
+    without = "import sys; sys.modules['gradio'] = None\nfrom medvlm.cli import main\nsys.exit(main(['demo', *sys.argv[1:]]))"
+    done = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True)
+    assert done.returncode == 2 and "[MISSING_EXTRA]" in done.stderr and done.stderr.count("\n") == 1
+    done = subprocess.run([sys.executable, "-m", "medvlm", "demo", str(tmp_path / "nothing")], capture_output=True, text=True)
+    assert done.returncode == 2 and "[NOT_FOUND]" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_bundled_model_reads_the_examples(browser, tmp_path):
+    from medvlm.demo.app import EXAMPLES
+    from medvlm.predictors import BUNDLED, DEFAULT
+
+    if not (BUNDLED / DEFAULT / "config.json").is_file() or not (EXAMPLES / "chest-xray").is_dir():
+        pytest.skip("the bundled model or the examples are not here")
+    run = [sys.executable, "-m", "medvlm", "demo", "--device", "cpu", "--port", "7900"]
+    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}) as served:
+        try:
+            assert "Research use only" in served.stdout.readline()
+            visit = Visit(browser, re.search(r"http://127\.0\.0\.1:\d+/", served.stdout.readline()).group(0))
+            visit.page.locator("#mv-findings tbody tr").first.wait_for(timeout=60000)
+            assert colours(visit.pixels()) > 0  # outlines of the anatomy at least
+            visit.page.locator("#mv-question textarea").fill("Is there a pneumothorax?")
+            visit.page.locator("#mv-ask").click()
+            visit.text(".mv-answer", r"(yes|no)\s*\d+%")
+            choose(visit, "ct-dicom")
+            visit.text("#mv-findings", "No reading")
+            visit.text(".mv-corner", "slice 11 of 20")
+            visit.page.close()
+            assert {u.split("/")[2].split(":")[0] for u in visit.urls if u.startswith("http")} == {"127.0.0.1"}
+        finally:
+            served.send_signal(signal.SIGTERM)
+            _, complaints = served.communicate(timeout=30)
+    assert served.returncode == 0 and "Traceback" not in complaints
+    assert not list(tmp_path.glob("medvlm-*"))  # nothing stays behind
