@@ -45,16 +45,19 @@ element.addEventListener('click', pick);
 element.addEventListener('keydown', e => { if (e.key === 'Enter' || e.key === ' ') { e.preventDefault(); pick(e); } });
 """
 SCROLL = """
-let wanted = null, since = 0, rolled = 0;   // slices turned faster than they are drawn add up
+let wanted = null, since = 0, rolled = 0, waiting = false;   // slices turned faster than they are drawn add up
 const turn = (by, e) => {
   const stage = element.querySelector('.mv-stage');
   if (!stage || +stage.dataset.count < 2) return;
   e.preventDefault();
-  if (Date.now() - since > 700) wanted = null;
+  if (Date.now() - since > 3000) wanted = null;   // an answer that never came
   const to = Math.min(Math.max((wanted ?? +stage.dataset.at) + by, 0), +stage.dataset.count - 1);
   since = Date.now();
-  if (to !== wanted) trigger('select', {to: wanted = to});
+  wanted = to;
+  if (!waiting) setTimeout(() => { waiting = false; if (wanted !== null) trigger('select', {to: wanted}); }, 40);
+  waiting = true;
 };
+watch('value', () => { if (element.querySelector('.mv-stage')?.dataset.at == wanted) wanted = null; });
 element.addEventListener('wheel', e => {
   rolled += e.deltaY * (e.deltaMode ? 33 : 1);  // a notch is 100 to 120; the browser may join several, a touchpad splits one
   const by = Math.trunc(rolled / 100);
@@ -323,12 +326,14 @@ def build(model: Model, opened: Sequence[tuple[str, Study]] = ()):
             refused = [w for study in found if not study.images for w in study.warnings]
             return opened_now(now, *looks) | {status: viewer.alarm("; ".join(refused))}
 
-        @_said_on(status)
+        @_said_on(status, {findings: viewer.alarm("No reading: the model failed.", "refused")})
         def report(now, preset, invert, labels, opacity, style):
             case = _alive(now).case
             if case is None or case.report is not None:
                 return {}
             case.read(model)
+            if now.case is not case:  # another image was opened meanwhile
+                return {}
             return lit(case, preset, invert, opacity, style) | {notes: viewer.notes(case.study, case.scene)}
 
         @_said_on(status)
@@ -363,12 +368,13 @@ def build(model: Model, opened: Sequence[tuple[str, Study]] = ()):
             clear = {question: "", status: ""}
             try:
                 answer = model.ask(case.study, words, image=case.image.id)
+                case.add(answer.regions)
             except MedVLMError as error:
-                case.asked.append((words, f"No answer: {error.message}."))
-                return said(case) | clear
-            case.add(answer.regions)
+                answer = f"No answer: {error.message}."
             case.asked.append((words, answer))
-            if not answer.regions:
+            if now.case is not case:
+                return clear
+            if isinstance(answer, str) or not answer.regions:
                 return said(case) | clear
             case.chosen = f"a{len(case.asked) - 1}"
             return lit(case, preset, invert, opacity, style) | clear
@@ -379,18 +385,19 @@ def build(model: Model, opened: Sequence[tuple[str, Study]] = ()):
         still = [grey, opacity, style]
         for opening in (
             blocks.load(begin, still, page, **hidden),
-            study_box.input(open_study, [desk, study_box, *still], page, **hidden),
-            image_box.input(open_image, [desk, image_box, *still], page, **hidden),
-            kind_box.input(tell_kind, [desk, kind_box, *still], page, **hidden),
+            study_box.input(open_study, [desk, study_box, *still], page, trigger_mode="always_last", **hidden),
+            image_box.input(open_image, [desk, image_box, *still], page, trigger_mode="always_last", **hidden),
+            kind_box.input(tell_kind, [desk, kind_box, *still], page, trigger_mode="always_last", **hidden),
             upload.upload(receive, [desk, upload, *still], page, **waits, show_progress_on=[stage]),
         ):
-            opening.then(report, [desk, *looks], [*places, notes], **busy, show_progress_on=[findings])
+            opening.then(report, [desk, *looks], [*places, notes], trigger_mode="multiple", **busy, show_progress_on=[findings])
         upload.upload(None, js=FORGET)
-        fast = {**hidden, "trigger_mode": "always_last", "concurrency_limit": 1, "concurrency_id": "draw"}
-        slices.input(slide, [desk, slices, *looks], shown, **fast)
-        gr.on([c.input for c in looks], draw, [desk, *looks], shown, **fast)
-        stage.select(turn, [desk, *looks], [slices, *shown], **fast)
-        gr.on([c.click for c in told], show_places, [desk, preset, *still], places, **fast)
+        fast = {**hidden, "concurrency_limit": 1, "concurrency_id": "draw"}  # one lane: what was asked last is shown last
+        slices.input(slide, [desk, slices, *looks], shown, trigger_mode="always_last", **fast)
+        gr.on([c.input for c in looks], draw, [desk, *looks], shown, trigger_mode="always_last", **fast)
+        # always_last would send the data of the first of several events again
+        stage.select(turn, [desk, *looks], [slices, *shown], trigger_mode="multiple", **fast)
+        gr.on([c.click for c in told], show_places, [desk, preset, *still], places, trigger_mode="multiple", **fast)
         gr.on([question.submit, go.click], ask, [desk, question, *looks], [*places, question], **busy, show_progress_on=[answers])
     return blocks
 
@@ -517,8 +524,11 @@ def _alive(desk: Desk | None) -> Desk:
     return desk
 
 
-def _said_on(status) -> Callable:
-    """A handler whose errors become one line on the page; a foreign error says only its kind, for its text may quote a file."""
+def _said_on(status, besides: dict | None = None) -> Callable:
+    """A handler whose errors become one line on the page; a foreign error says only its kind, for its text may quote a file.
+
+    besides: what else of the page changes then.
+    """
 
     def wrap(handler: Callable) -> Callable:
         @functools.wraps(handler)
@@ -526,11 +536,12 @@ def _said_on(status) -> Callable:
             try:
                 return handler(*args)
             except MedVLMError as error:
-                return {status: viewer.alarm(str(error))}
+                return {**(besides or {}), status: viewer.alarm(str(error))}
             except Exception as error:
                 if sys.flags.dev_mode:
                     raise
-                return {status: viewer.alarm(f"{type(error).__name__} [INTERNAL]: a defect in medvlm; python -X dev -m medvlm demo shows where")}
+                line = f"{type(error).__name__} [INTERNAL]: a defect in medvlm; python -X dev -m medvlm demo shows where"
+                return {**(besides or {}), status: viewer.alarm(line)}
 
         return guarded
 

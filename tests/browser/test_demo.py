@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -43,6 +44,8 @@ class Oracle(Model):
 
     def report(self, study, image=None):
         self.reports += 1
+        if study.image(image).modality == "oct":
+            raise RuntimeError("what a library says of /home/someone/file")
         try:
             spot, lung = self._see(study, image)
         except ModelError as error:
@@ -334,6 +337,49 @@ def test_several_images_are_listed(browser, oracle, tmp_path):
         blocks.close(verbose=False)
 
 
+def test_a_model_that_breaks_is_said_without_its_words(browser, oracle):
+    from medvlm.demo import app
+
+    blocks = app.build(oracle, [("eye", Study("study-dddd", images=[Image("oct-1", np.zeros((1, 9, 9), np.uint8), None, "oct", "uint8")]))])
+    visit = Visit(browser, app.serve(blocks))
+    try:
+        visit.text("#mv-findings", "No reading: the model failed.")
+        visit.text("#mv-status", r"RuntimeError \[INTERNAL\]")
+        assert "someone" not in visit.page.content() and visit.page.locator(".mv-base").is_visible()
+    finally:
+        visit.page.close()
+        blocks.close(verbose=False)
+
+
+def test_a_late_reading_does_not_land_on_another_image(browser):
+    from medvlm.demo import app
+
+    class Slow(Oracle):
+        go = threading.Event()
+
+        def report(self, study, image=None):
+            if study.id == "study-aaaa":
+                self.go.wait(20)
+            return super().report(study, image)
+
+    blocks = app.build(Slow(), [("film", xray()), ("scan", ct())])
+    visit = Visit(browser, app.serve(blocks))
+    try:
+        visit.text("#mv-findings", "Reading")
+        choose(visit, "scan")
+        visit.text(".mv-corner", "slice 7 of 12")
+        visit.text("#mv-findings", "Reading")
+        Slow.go.set()
+        visit.text("#mv-findings", "not learned to read ct")
+        assert colours(visit.pixels()) == 0 and "slice 7 of 12" in visit.page.locator(".mv-corner").inner_text()
+        choose(visit, "film")
+        visit.text("#mv-findings", "opacity")
+    finally:
+        Slow.go.set()
+        visit.page.close()
+        blocks.close(verbose=False)
+
+
 def test_an_empty_page_waits_for_files(browser, oracle):
     from medvlm.demo import app
 
@@ -378,6 +424,14 @@ def test_a_busy_port_gives_the_next_one(address, capsys):
         app.free_port(70000)
 
 
+def save_screenshot(visit, path) -> None:
+    from PIL import Image as Picture
+
+    visit.page.set_viewport_size({"width": 1400, "height": 860})
+    time.sleep(1)
+    Picture.open(io.BytesIO(visit.page.screenshot())).convert("RGB").quantize(256, method=Picture.Quantize.MAXCOVERAGE).save(path, optimize=True)
+
+
 def test_what_stops_the_demo_is_one_line(tmp_path):
     without = "import sys; sys.modules['gradio'] = None\nfrom medvlm.cli import main\nsys.exit(main(['demo', *sys.argv[1:]]))"
     done = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True)
@@ -402,6 +456,8 @@ def test_the_bundled_model_reads_the_examples(browser, tmp_path):
             visit.page.locator("#mv-question textarea").fill("Is there a pneumothorax?")
             visit.page.locator("#mv-ask").click()
             visit.text(".mv-answer", r"(yes|no)\s*\d+%")
+            if os.environ.get("MEDVLM_SCREENSHOT"):  # for docs/demo.png
+                save_screenshot(visit, os.environ["MEDVLM_SCREENSHOT"])
             choose(visit, "ct-dicom")
             visit.text("#mv-findings", "No reading")
             visit.text(".mv-corner", "slice 11 of 20")
