@@ -429,6 +429,9 @@ def launch(sources: Sequence[str] = (), model: str | Path | Model = "medvlm-tiny
     """
     _gradio()
     opened = [(_name(s, "study"), s) for source in sources for s in several(source)] if sources else examples()
+    for refused in (s for _, s in opened if not s.images):
+        print("\n".join(f"{refused.id} is left out: {w}" for w in refused.warnings), file=sys.stderr)
+    opened = [(n, s) for n, s in opened if s.images]
     if not isinstance(model, Model):
         from ..predictors import load
 
@@ -450,6 +453,8 @@ def launch(sources: Sequence[str] = (), model: str | Path | Model = "medvlm-tiny
 def examples() -> list[tuple[str, Study]]:
     """(name, study) of each folder of ``examples`` beside the package; none where it is installed without them."""
     found = []
+    if not (EXAMPLES.parent / "pyproject.toml").is_file():  # beside an installed package another's folder may bear this name
+        return found
     for folder in sorted(p for p in EXAMPLES.glob("*") if p.is_dir() and p.name != "expected"):
         found += [(f"example: {folder.name}", study) for study in several(folder)]
     return found
