@@ -1,8 +1,10 @@
 """Text for the language model: tokens, chat template, image placeholders at full length, label mask, batches.
 
 An image stands in the text as ``<|image:ID|>`` and becomes one ``<|image|>`` token for each token its projector gives,
-so text index = hidden-state index. ``<|seg|>`` in an answer asks for a mask; the state that *predicts* it (position
-t-1) is the mask head's prompt, as in LISA (arXiv:2308.00692) and M3D (arXiv:2404.00578).
+so text index = hidden-state index. ``<|seg|>`` in an answer asks for a mask. The mask head's prompt is the state that
+*predicts* it (position t-1), as in LISA (arXiv:2308.00692) and M3D (arXiv:2404.00578), and beside it the mean embedding
+of the words of the turn that asked: a small language model has no reason to carry which target was named into a state
+whose next token is always <|seg|>.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ class Encoded:
 class Batch:
     """ids, attention, labels: (B, T), labels -100 where nothing is learnt. images: {encoder: (K, C, *size)}.
     order: (encoder, k) of each placeholder run, in reading order over the batch; rows may share an image.
-    seg: (S, 2) row and column of each <|seg|>. seg_image: (encoder, k) each of them is drawn on.
+    seg: (S, 2) row and column of each <|seg|>. seg_words: (S, T) true on the words of the turn that asked for it.
+    seg_image: (encoder, k) each of them is drawn on.
     targets: what objectives need beyond tokens."""
 
     ids: Tensor
@@ -76,6 +79,7 @@ class Batch:
     images: dict[str, Tensor] = field(default_factory=dict)
     order: list[tuple[str, int]] = field(default_factory=list)
     seg: Tensor | None = None
+    seg_words: Tensor | None = None
     seg_image: list[tuple[str, int]] = field(default_factory=list)
     targets: dict = field(default_factory=dict)
 
@@ -146,7 +150,8 @@ def collate(tokenizer, rows: Sequence[Encoded], places: Sequence[Mapping[str, tu
     """
     width = max(len(r.ids) for r in rows)
     seg_id = tokenizer.convert_tokens_to_ids(SEG)
-    ids, labels, attention, order, seg, seg_image = [], [], [], [], [], []
+    user, special = tokenizer.convert_tokens_to_ids(ROLES[1]), {*tokenizer.all_special_ids, *tokenizer.convert_tokens_to_ids(list(ROLES))}
+    ids, labels, attention, order, seg, words, seg_image = [], [], [], [], [], [], []
     for i, (row, place) in enumerate(zip(rows, places)):
         gap = width - len(row.ids)
         pad = lambda values, fill: [fill] * gap + values if left else values + [fill] * gap  # noqa: B023, E731
@@ -157,10 +162,13 @@ def collate(tokenizer, rows: Sequence[Encoded], places: Sequence[Mapping[str, tu
         for column, token in enumerate(ids[-1]):
             if token == seg_id:
                 seg.append((i, column))
+                before = ids[-1][:column]
+                asked = len(before) - before[::-1].index(user) if user in before else 0
+                words.append([asked <= at < column and t not in special for at, t in enumerate(ids[-1])])
                 seg_image.append(place[row.images[0]])
     return Batch(
         torch.tensor(ids), torch.tensor(attention), torch.tensor(labels), images, order,
-        torch.tensor(seg, dtype=torch.long).reshape(-1, 2), seg_image,
+        torch.tensor(seg, dtype=torch.long).reshape(-1, 2), torch.tensor(words, dtype=torch.bool).reshape(-1, width), seg_image,
     )  # fmt: skip
 
 

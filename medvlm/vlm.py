@@ -125,9 +125,16 @@ class MedVLM(PreTrainedModel, GenerationMixin):
         names = {name for name, _ in batch.seg_image}
         if len(names) != 1:
             raise ModelError(f"masks are drawn on one encoder at a time, not {sorted(names)}", "BAD_ARGUMENT")
+        index = torch.tensor([k for _, k in batch.seg_image], device=batch.ids.device)
+        return self.heads["mask"](out.features[names.pop()], Prompts(index, tokens=self.seg_states(batch, out)))
+
+    def seg_states(self, batch: Batch, out: Output) -> Tensor:
+        """(S, 2, lm_dim): for each <|seg|> the state that predicts it, and the mean embedding of the words that asked."""
         states = out.hidden[batch.seg[:, 0], batch.seg[:, 1] - 1]
-        index = torch.tensor([k for _, k in batch.seg_image], device=states.device)
-        return self.heads["mask"](out.features[names.pop()], Prompts(index, tokens=states[:, None]))
+        words = batch.seg_words[..., None]
+        embeds = self.lm.get_input_embeddings()(batch.ids[batch.seg[:, 0]])
+        asked = (embeds * words).sum(1) / words.sum(1).clamp(min=1)
+        return torch.stack([states, asked.to(states.dtype)], 1)
 
 
 def build_part(folder: str, file: str, args: Mapping | None = None) -> nn.Module:

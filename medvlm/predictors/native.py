@@ -271,8 +271,7 @@ class NativeModel(Model):
         batch = self._batch(picture, [(f"Segment the {t}.", SEG) for t in targets])
         out = self.vlm(batch, features)
         head = self.vlm.heads["mask"]
-        states = out.hidden[batch.seg[:, 0], batch.seg[:, 1] - 1][:, None]
-        drawn = head.decode(embedding, _prompts(len(targets), self.vlm.device, tokens=states))
+        drawn = head.decode(embedding, _prompts(len(targets), self.vlm.device, tokens=self.vlm.seg_states(batch, out)))
         chances = head.probability(drawn.present).tolist()
         masks = (frame.map_to_image(drawn.logits) > 0).cpu().numpy()
         return [Segmentation(picture, t, m if c >= PRESENT else np.zeros_like(m), c) for t, m, c in zip(targets, masks, chances)]

@@ -31,8 +31,7 @@ def mask(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     ((name, features),) = out.features.items()
     embedding = head.embed(features)
     index = torch.tensor([k for _, k in batch.seg_image], device=batch.ids.device)
-    states = out.hidden[batch.seg[:, 0], batch.seg[:, 1] - 1][:, None]
-    drawn = head.decode(embedding, Prompts(index, tokens=states))
+    drawn = head.decode(embedding, Prompts(index, tokens=model.seg_states(batch, out)))
     target, weak, present = batch.targets["mask"], batch.targets["weak"], batch.targets["present"]
     losses = {
         "mask": mask_loss(drawn, target, weak, present),
