@@ -75,11 +75,13 @@ def analyze_arguments(parser: Parser) -> None:
 
 def analyze(args: argparse.Namespace) -> int:
     """the main job: report.json, report.md, masks and preview.png of a study; one folder a study when there are several"""
-    from .errors import ChoiceError
+    from .errors import ChoiceError, UsageError
     from .imaging.study import read
     from .reading import analyze, analyze_many, spoken
 
     study = None
+    if len(args.study) > 1 and (args.study_id or args.image):
+        raise UsageError("--study and --image choose within one STUDY", "BAD_ARGUMENT")
     if len(args.study) == 1:
         try:
             study = read(args.study[0], args.policy, modality=args.modality, study=args.study_id)
@@ -88,7 +90,7 @@ def analyze(args: argparse.Namespace) -> int:
                 raise
     model = _model(args)
     if study is not None:
-        record = analyze(study, model, args.out)
+        record = analyze(study, model, args.out, args.image)
         print(json.dumps(record) if args.json else f"{spoken(record)}\nwritten to {args.out}")
         return 0
     from tqdm import tqdm

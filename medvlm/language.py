@@ -50,9 +50,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048):
 
 
 def build(model_type: str = "llama", **args):
-    """A causal language model of transformers with random weights, from its configuration's own arguments."""
+    """A causal language model of transformers with random weights, from its configuration's own arguments.
+
+    Raises:
+        ModelError: BAD_CHECKPOINT for arguments that would fetch or run code (``auto_map``, attention kernels, ...).
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if unsafe := [k for k in args if k.startswith("_") or k in ("auto_map", "attn_implementation", "quantization_config", "trust_remote_code")]:
+        raise ModelError(f"the language model's arguments may not hold {', '.join(sorted(unsafe))}", "BAD_CHECKPOINT")
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **args))
 
 
@@ -90,8 +96,14 @@ class Batch:
         return Batch(**{k: move(v) for k, v in vars(self).items()})
 
 
+def plain(text: str) -> str:
+    """Text of a user or a data set that no tokenizer of ours reads as a special token: "<|image|>" -> "< |image|>"."""
+    return text.replace("<|", "< |")
+
+
 def encode(tokenizer, sample: Sample, counts: Mapping[str, int], answer: bool = True, limit: int = 2048) -> Encoded:
-    """A sample's conversation as tokens.
+    """A sample's conversation as tokens. Special tokens in its texts are made harmless (:func:`plain`), except image
+    marks and, in an answer, ``<|seg|>``.
 
     Args:
         counts: {image id: tokens its projector gives}.
@@ -119,7 +131,7 @@ def encode(tokenizer, sample: Sample, counts: Mapping[str, int], answer: bool = 
         images.append(match.group(1))
         return IMAGE * counts[match.group(1)]
 
-    messages = [{"role": t.role, "content": _MARK.sub(expand, t.text)} for t in turns]
+    messages = [{"role": t.role, "content": _content(t, expand)} for t in turns]
     ids: list[int] = []
     labels: list[int] = []
     for k in range(len(messages)):
@@ -165,11 +177,18 @@ def collate(tokenizer, rows: Sequence[Encoded], places: Sequence[Mapping[str, tu
                 before = ids[-1][:column]
                 asked = len(before) - before[::-1].index(user) if user in before else 0
                 words.append([asked <= at < column and t not in special for at, t in enumerate(ids[-1])])
+                if not row.images:
+                    raise ModelError("an answer asks for a mask but the conversation has no image", "PLACEHOLDERS")
                 seg_image.append(place[row.images[0]])
     return Batch(
         torch.tensor(ids), torch.tensor(attention), torch.tensor(labels), images, order,
         torch.tensor(seg, dtype=torch.long).reshape(-1, 2), torch.tensor(words, dtype=torch.bool).reshape(-1, width), seg_image,
     )  # fmt: skip
+
+
+def _content(turn: Turn, expand) -> str:
+    keep = re.compile(f"({_MARK.pattern.replace('(', '(?:')}{'|' + re.escape(SEG) if turn.role == 'assistant' else ''})")
+    return "".join(_MARK.sub(expand, part) if keep.fullmatch(part) else plain(part) for part in keep.split(turn.text))
 
 
 def _tokens(tokenizer, messages: list[dict], prompt: bool) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import ModelError
+from .errors import GeometryError, ModelError
 from .imaging import window
 from .imaging.scan import Image, Volume
 
@@ -70,7 +70,13 @@ class Frame:
         return F.interpolate(wide[:, :, top : top + h, left : left + w], self.size, mode="bilinear", align_corners=False)[:, 0]
 
     def mask_to_input(self, mask: np.ndarray) -> Tensor:
-        """bool (H, W) on the image's grid -> float (h, w) coverage in [0, 1] on the input's grid."""
+        """bool (H, W) on the image's grid -> float (h, w) coverage in [0, 1] on the input's grid.
+
+        Raises:
+            GeometryError: GRID_MISMATCH when the mask is not the image's size.
+        """
+        if mask.shape != self.size:
+            raise GeometryError(f"the mask is {mask.shape} but its image is {self.size}", "GRID_MISMATCH")
         return fit(torch.from_numpy(np.ascontiguousarray(mask)).float()[None], self)[0]
 
 
@@ -109,6 +115,8 @@ def to_tensor(image: Image | Volume, spec: InputSpec) -> tuple[Tensor, Frame]:
     else:
         if image.unit != spec.unit:
             raise ModelError(f"image {image.id} is in {image.unit} but the encoder was trained on {spec.unit}", "OUT_OF_SCOPE")
+        if not spec.windows:
+            raise ModelError(f"the encoder's input in {spec.unit} has no window", "BAD_RECIPE", "give InputSpec.windows")
         values = np.concatenate([window.apply(image.pixels, centre, width) for centre, width in spec.windows])
     tensor = torch.from_numpy(np.ascontiguousarray(values, np.float32))
     if tensor.shape[0] == 3 and spec.channels == 1:

@@ -18,14 +18,17 @@ from .predictors.base import Model, json_ready
 from .sample import NOTICE, Region, Report, rounded
 
 
-def analyze(study: Study, model: Model, out: str | Path) -> dict[str, Any]:
+def analyze(study: Study, model: Model, out: str | Path, image: str | None = None) -> dict[str, Any]:
     """Read a study and write the results into a folder; gives what report.json holds.
 
     Files of an earlier run in ``out`` are replaced, report.json last; anything else in it is left alone.
+    image: id of the only image to read, all of them when None.
 
     Raises:
         UsageError: CANNOT_WRITE when the folder cannot be made or written.
     """
+    if image is not None:
+        study = Study(study.id, study.patient, (study.image(image),), study.report, study._warnings)
     out = Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -35,6 +38,9 @@ def analyze(study: Study, model: Model, out: str | Path) -> dict[str, Any]:
     try:
         record = _write(study, model, fresh)
         out.mkdir(exist_ok=True)
+        (out / "report.json").unlink(missing_ok=True)  # a folder without it is not whole
+        for old in (*out.glob("preview*.png"), out / "report.md"):
+            old.unlink(missing_ok=True)
         shutil.rmtree(out / "masks", ignore_errors=True)
         for path in sorted(fresh.iterdir(), key=lambda p: p.name == "report.json"):
             os.replace(path, out / path.name)
@@ -49,7 +55,8 @@ def analyze_many(sources: Sequence[str | Path], model: Model, out: str | Path, p
                  modality: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:  # fmt: skip
     """Every study of every source into ``out/<study id>``; gives (source, record), an error as {"error": ...}.
 
-    A study that this model has already read into ``out`` is not read again, so a stopped run goes on where it was.
+    A study that this model has already read into ``out`` is not read again, so a stopped run goes on where it was. A
+    study of which nothing could be read is an error, like one that the model fails on; the others go on.
     """
     from .imaging.study import studies
 
@@ -57,25 +64,45 @@ def analyze_many(sources: Sequence[str | Path], model: Model, out: str | Path, p
         try:
             for study in studies(source, policy, modality=modality):
                 folder = Path(out) / study.id
-                done = folder / "report.json"
-                if done.is_file() and (old := json.loads(done.read_text()))["model"]["sha256"] == model.sha256:
+                if old := _done(folder / "report.json", model):
                     yield str(source), old
-                    continue
-                try:
-                    yield str(source), analyze(study, model, folder)
-                except MedVLMError as error:
-                    yield str(source), {"study": study.id, "error": f"{error.code}: {error.message}"}
+                elif not study.images:
+                    yield str(source), {"study": study.id, "error": next(iter(study.warnings), "EMPTY_FOLDER: it holds no image")}
+                else:
+                    yield str(source), _tried(study, model, folder)
         except MedVLMError as error:
             yield str(source), {"study": None, "error": f"{error.code}: {error.message}"}
+
+
+def _done(path: Path, model: Model) -> dict[str, Any] | None:
+    """The record of a study that this very model has read."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record if record["model"] == _made_by(model) else None
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not one of ours
+        return None
+
+
+def _tried(study: Study, model: Model, folder: Path) -> dict[str, Any]:
+    try:
+        return analyze(study, model, folder)
+    except MedVLMError as error:
+        return {"study": study.id, "error": f"{error.code}: {error.message}"}
+    except Exception as error:  # a foreign text may quote what is inside a patient's file
+        return {"study": study.id, "error": f"INTERNAL: {type(error).__name__}"}
+
+
+def _made_by(model: Model) -> dict[str, Any]:
+    return {"name": model.name, "version": model.version, "sha256": model.sha256}
 
 
 def _write(study: Study, model: Model, folder: Path) -> dict[str, Any]:
     reports = {image.id: (image, model.report(study, image=image.id)) for image in study.images}
     read = {name: pair for name, pair in reports.items() if pair[1].out_of_scope is None}
     reasons = list(dict.fromkeys(r.out_of_scope for _, r in reports.values() if r.out_of_scope))
-    findings, said, absent, structures = [], [], [], []
+    findings, said, structures = [], [], []
     for name, (image, report) in read.items():
-        paths = _save_masks(folder, image, report, model, study)
+        paths = _save_masks(folder, image, report)
         offset = len(findings)
         for finding in report.looked_for:
             findings.append({
@@ -83,17 +110,18 @@ def _write(study: Study, model: Model, folder: Path) -> dict[str, Any]:
                 "regions": [r.to_json(paths.get(r.label)) for r in finding.regions],
                 "measurements": [{"name": m.name, "value": rounded(m.value), "unit": m.unit} for m in finding.measurements],
             })  # fmt: skip
-        absent += [f.label for f in report.looked_for if not f.present]
         said += [{"section": s.section, "text": s.text, "findings": [offset + k for k in s.findings]} for s in report.sentences]
-        structures += [r.to_json(paths.get(r.label)) for r in _structures(report, model, study, name)]
-        drawn = _structures(report, model, study, name) + [r for f in report.looked_for if f.present for r in f.regions if r.label == f.label]
+        structures += [r.to_json(paths.get(r.label)) for r in _structures(report)]
+        drawn = _structures(report) + [r for f in report.looked_for if f.present for r in f.regions if r.label == f.label]
         picture = folder / ("preview.png" if name == next(iter(read)) else f"preview-{name}.png")
         lines = [(f"{s.text} ({report.looked_for[s.findings[0]].probability:.0%})" if s.findings else s.text, [r.label for r in s.regions])
                  for s in report.sentences]  # fmt: skip
         export.save_preview(image, drawn, lines, picture, f"{model.name} {model.version}", NOTICE)
+    there = {f["label"] for f in findings if f["present"]}
+    absent = list(dict.fromkeys(f["label"] for f in findings if f["label"] not in there))
     warnings = list(study.warnings) + ([f"NOT_READ: {r}" for r in reasons] if read else [])
     record = json_ready({
-        "study": study.id, "model": {"name": model.name, "version": model.version, "sha256": model.sha256},
+        "study": study.id, "model": _made_by(model),
         "images": [{"id": i.id, "modality": i.modality, "size": list(i.shape[1:]), "spacing": i.spacing and [rounded(s, 6) for s in i.spacing],
                     "warnings": list(i.info["warnings"])} for i in study.images],
         "findings": findings, "looked_for_absent": absent, "structures": structures, "sentences": said, "warnings": warnings,
@@ -104,13 +132,13 @@ def _write(study: Study, model: Model, folder: Path) -> dict[str, Any]:
     return record
 
 
-def _structures(report: Report, model: Model, study: Study, image: str) -> list[Region]:
+def _structures(report: Report) -> list[Region]:
     """Outlined anatomy: regions of the report whose label is no finding."""
     labels = {f.label for f in report.looked_for}
     return list({r.label: r for f in report.looked_for for r in f.regions if r.label not in labels}.values())
 
 
-def _save_masks(folder: Path, image, report: Report, model: Model, study: Study) -> dict[str, str]:
+def _save_masks(folder: Path, image, report: Report) -> dict[str, str]:
     """{label: path relative to the folder} of every region's mask: PNG for pictures, NIfTI for volumes."""
     paths: dict[str, str] = {}
     for region in (r for f in report.looked_for for r in f.regions):

@@ -19,3 +19,24 @@ def data() -> Path:
     if folder is None:
         pytest.skip("the shared data folder is not beside this checkout (set MEDVLM_TEST_DATA)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A saved model of random weights; a test that changes files copies it first."""
+    import tiny
+    import torch
+
+    torch.set_num_threads(1)
+    folder, tokenizer = tmp_path_factory.mktemp("tiny"), tiny.tokenizer()
+    tiny.model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reader(tiny_folder):
+    """The saved model behind the verbs."""
+    from medvlm.predictors import load
+
+    return load(tiny_folder, "cpu")

@@ -10,18 +10,21 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from ..errors import MedVLMError, ModelError
 from ..imaging.scan import Image, Volume
+from ..imaging.seg import read_seg
 from ..sample import Mask, Region, Sample, Turn
 
 KNOWN = {"id", "image", "modality", "split", "patient", "text", "findings", "mask", "boxes", "qa"}
 MODALITIES = {"xray", "ct", "mr", "ct_or_mr", "pet", "nm", "fundus", "pathology", "ultrasound", "endoscopy",
               "dermoscopy", "oct", "other", "unknown"}  # fmt: skip
 MASK_TYPES = {"binary", "instance", "labelmap", "volume_binary", "volume_labelmap", "dicom_seg"}
+
+_KINDS = {str: "a string", dict: "an object", list: "a list"}
 
 
 def rows(path: str | Path, split: str | None = None) -> Iterator[dict[str, Any]]:
@@ -90,9 +93,7 @@ def open_images(row: dict[str, Any]) -> tuple[Image | Volume, ...]:
         return ()
     from ..imaging.study import read
 
-    path = row["_folder"] / row["image"]
-    if not path.resolve().is_relative_to(row["_folder"].resolve()):
-        raise ModelError(f"manifest line {row['_line']}: image {row['image']!r} lies outside the manifest's folder", "BAD_MANIFEST")
+    path = _inside(row, "image", row["image"])
     modality = row["modality"] if row["modality"] not in ("ct_or_mr", "unknown") else None
     try:
         return read(path, modality=modality).images
@@ -103,43 +104,65 @@ def open_images(row: dict[str, Any]) -> tuple[Image | Volume, ...]:
 def read_masks(row: dict[str, Any], image: Image | Volume | None, only: str | None = None) -> list[Mask]:
     """The masks of a row as bool arrays on the image's grid.
 
-    binary, instance and volume_binary files give one mask each (instances are joined); label maps one mask a label.
+    binary, instance and volume_binary files give one mask each (instances are joined), named as in ``files``; label maps
+    one mask a label, DICOM segmentations one a segment. Volumes may be stored along other axes than their image, never
+    on another grid: nothing is resampled.
 
     Raises:
-        ModelError: BAD_MANIFEST when a file is missing; GRID_MISMATCH when its size is not the image's.
+        ModelError: BAD_MANIFEST when a file is missing or is no mask; GRID_MISMATCH when its grid is not the image's.
     """
     spec = row.get("mask") or {}
     found: list[Mask] = []
     for name, file in spec.get("files", {}).items():
         if only is not None and name != only:
             continue
-        path = row["_folder"] / file
+        path = _inside(row, "mask file", file)
         if not path.is_file():
             raise ModelError(f"manifest line {row['_line']}: mask file {file!r} does not exist", "BAD_MANIFEST")
         if image is None:
             raise ModelError(f"manifest line {row['_line']}: a mask needs an image", "BAD_MANIFEST")
-        if spec["type"] == "dicom_seg":
-            continue
-        array = _mask_array(path, image)
-        if array.shape != image.shape[1:]:
-            raise ModelError(
-                f"manifest line {row['_line']}: mask {name!r} is {array.shape} but its image is {image.shape[1:]}", "GRID_MISMATCH"
-            )
+        try:
+            if spec["type"] == "dicom_seg":
+                segments = read_seg(path, image)
+                found += [Mask(image.id, name if len(segments) == 1 else label, array) for label, array in segments]
+                continue
+            array = _mask_array(path, image)
+        except MedVLMError as error:
+            raise ModelError(f"manifest line {row['_line']}, mask {name!r}: {error.message}", error.code, error.hint) from error
         if spec["type"] in ("labelmap", "volume_labelmap"):
-            for value, label in (spec.get("labels") or {}).items():
+            for value, label in spec["labels"].items():
                 found.append(Mask(image.id, label, array == int(value)))
         else:
             found.append(Mask(image.id, name, array > 0))
     return found
 
 
+def _inside(row: dict[str, Any], what: str, name: str) -> Path:
+    """A path of a row, or BAD_MANIFEST when it leads out of the manifest's folder."""
+    path = row["_folder"] / name
+    if "\0" in name or not path.resolve().is_relative_to(row["_folder"].resolve()):
+        raise ModelError(f"manifest line {row['_line']}: {what} {name!r} lies outside the manifest's folder", "BAD_MANIFEST")
+    return path
+
+
 def _mask_array(path: Path, image: Image | Volume) -> np.ndarray:
     from ..imaging.study import read
 
     mask = read(path, modality="other").image()
-    if isinstance(image, Volume):
-        return mask.onto(image, order=0).voxels[0]
+    if mask.shape[0] != 1:
+        raise ModelError(f"a mask has one channel, not {mask.shape[0]}", "BAD_MANIFEST")
+    if isinstance(image, Volume) and isinstance(mask, Volume):
+        mask = mask.reorient(image.orientation)
+        if not image.same_grid(mask, tolerance=0.1 * min(image.spacing)):
+            raise ModelError(f"the mask is {mask.shape[1:]} but its image is {image.shape[1:]}, or it lies elsewhere", "GRID_MISMATCH")
+        return mask.voxels[0]
+    if mask.shape != (1, *image.shape[1:]):
+        raise ModelError(f"the mask is {mask.shape[1:]} but its image is {image.shape[1:]}", "GRID_MISMATCH")
     return mask.pixels[0]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _regions(row: dict[str, Any], image: str | None) -> Iterator[Region]:
@@ -149,7 +172,7 @@ def _regions(row: dict[str, Any], image: str | None) -> Iterator[Region]:
 
 
 def _check(line: str, file: str, number: int) -> dict[str, Any]:
-    def refuse(what: str):
+    def refuse(what: str) -> NoReturn:
         raise ModelError(f"{file} line {number}: {what}", "BAD_MANIFEST")
 
     try:
@@ -169,14 +192,23 @@ def _check(line: str, file: str, number: int) -> dict[str, Any]:
         refuse(f"modality {row['modality']!r} is not one of {', '.join(sorted(MODALITIES))}")
     if row.get("split", "train") not in ("train", "val", "test"):
         refuse(f"split {row['split']!r} is not train, val or test")
-    if row.get("mask"):
-        if row["mask"].get("type") not in MASK_TYPES or not isinstance(row["mask"].get("files"), dict):
-            refuse(f"mask needs a type ({', '.join(sorted(MASK_TYPES))}) and files {{name: path}}, got {str(row['mask'])[:80]}")
+    for name, kind in (("patient", str), ("text", str), ("findings", dict), ("mask", dict), ("qa", list), ("boxes", list)):
+        if not isinstance(row.get(name), kind | None):
+            refuse(f"field {name!r} must be {_KINDS[kind]} or null, got {str(row[name])[:80]}")
+    if mask := row.get("mask"):
+        files = mask.get("files")
+        if mask.get("type") not in MASK_TYPES or not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+            refuse(f"mask needs a type ({', '.join(sorted(MASK_TYPES))}) and files {{name: path}}, got {str(mask)[:80]}")
+        if "labelmap" in mask["type"]:
+            labels = mask.get("labels")
+            if not isinstance(labels, dict) or not labels or not all(k.isdecimal() and isinstance(v, str) for k, v in labels.items()):
+                refuse(f"a mask of type {mask['type']} needs labels {{value: name}}, got {str(labels)[:80]}")
     for i, qa in enumerate(row.get("qa") or ()):
         if not isinstance(qa, dict) or not {"qid", "question", "answer"} <= qa.keys():
             refuse(f"qa[{i}] needs qid, question and answer, got {str(qa)[:80]}")
     for i, box in enumerate(row.get("boxes") or ()):
-        if not isinstance(box, dict) or len(box.get("xyxy", ())) != 4 or "label" not in box:
+        corners = box.get("xyxy") if isinstance(box, dict) else None
+        if not isinstance(corners, list) or len(corners) != 4 or not all(_finite(x) for x in corners) or not isinstance(box.get("label"), str):
             refuse(f"boxes[{i}] needs label and xyxy [left, top, right, bottom], got {str(box)[:80]}")
     for name, value in (row.get("findings") or {}).items():
         if value not in (0, 1, None):

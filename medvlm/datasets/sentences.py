@@ -12,6 +12,9 @@ STATES = ("present", "possible", "absent")
 SIDES = {"right": "on the right", "left": "on the left", "both": "on both sides"}
 _NEGATION = re.compile(r"\b(no|not|without|absent)\b", re.I)
 _DOUBT = re.compile(r"\b(possible|possibly|may|cannot be excluded)\b", re.I)
+_WORDS = frozenset(
+    "no not there is are a an seen possible possibly may be cannot excluded on the right left both sides side bilateral".split()
+)
 _SIDE = {
     "right": re.compile(r"\bright\b", re.I),
     "left": re.compile(r"\bleft\b", re.I),
@@ -38,10 +41,12 @@ def variants(label: str, state: str, side: str | None = None) -> list[str]:
 
 
 def says(sentence: str, label: str, state: str, side: str | None = None) -> bool:
-    """True when the sentence names this label, with this state and this side, and nothing of the opposite."""
+    """True when the sentence names this label, with this state and this side, and nothing else at all."""
     if label.lower() not in sentence.lower():
         return False
     rest = re.sub(re.escape(label), " ", sentence, flags=re.I)
+    if not set(re.findall(r"\w+", rest.lower())) <= _WORDS:  # another finding, a place, a comparison with nothing
+        return False
     if bool(_NEGATION.search(rest)) != (state == "absent") or bool(_DOUBT.search(rest)) != (state == "possible"):
         return False
     return {name for name, word in _SIDE.items() if word.search(rest)} == ({side} if side else set())

@@ -28,7 +28,8 @@ class Score:
     slice: str = "all"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain JSON types: NaN, where there was nothing to score, is null."""
+        return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in asdict(self).items()}
 
 
 def interval(statistic: Callable[[np.ndarray], float], clusters: Sequence[Hashable], draws: int = 1000, seed: int = 0,

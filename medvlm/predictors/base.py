@@ -76,6 +76,8 @@ class Model:
                 result = Prediction(sample.id, answer.text, answer.probability, answer.choices, answer.regions)
         except MedVLMError as error:
             result = Prediction(sample.id, error=f"{error.code}: {error.message}")
+        except Exception as error:  # one bad item must not lose the others; a foreign text may quote the patient's file
+            result = Prediction(sample.id, error=f"INTERNAL: {type(error).__name__}")
         return Prediction(**{**vars(result), "seconds": time.perf_counter() - began})
 
     def _cannot(self, verb: str) -> ModelError:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ..datasets import sentences
-from ..datasets.instruct import MODALITY_WORDS, side_of
-from ..errors import ModelError
+from ..datasets.instruct import MODALITY_WORDS, side_of, word
+from ..errors import MedVLMError, ModelError
 from ..imaging.scan import Image, Study, Volume
 from ..language import END, IMAGE, ROLES, SEG, Batch, collate, encode
 from ..preprocess import to_tensor
@@ -35,7 +35,10 @@ WHERE = {"cardiomegaly": ("heart and mediastinum",), "endotracheal tube": ("airw
 """Structures a finding without an outline of its own was looked for in; the lungs for all others."""
 DIAGNOSES = ("COVID-19 pneumonia", "bacterial pneumonia", "pneumonia", "ARDS")
 _CLOSED = re.compile(r"^\s*(is/are|is|are|was|were|do|does|did|has|have|had|can|could|will|would|should|any)\b", re.I)
-_EITHER = re.compile(r"\b([\w-]+) or ([\w-]+)\b", re.I)
+_EITHER = re.compile(r"(?<![\w,])([\w'-]+) ([\w-]+) or ((?:(?:an?|the|on|in|at|to|of) )*)([\w-]+)(?: ([\w-]+))?", re.I)
+_LEADING = re.compile(r"an?|the|this|on|in|at|to|of|is|are|was|were|\w+'s?", re.I)
+_WHETHER = re.compile(r"\b(any|evidence|there)\b.*\bor\b|\bor (not?)\b|\bor\b.*\b(present|visible|evident|seen|shown)\b", re.I)
+"""Questions in which "or" joins what is looked for, so that the answer is yes or no."""
 
 
 def load(folder: Path, device: str | None = None) -> NativeModel:
@@ -47,14 +50,19 @@ def load(folder: Path, device: str | None = None) -> NativeModel:
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
+    if not (folder / "model.safetensors").is_file():
+        raise ModelError("the model folder has no model.safetensors", "BAD_CHECKPOINT")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         model, info = MedVLM.from_pretrained(folder, output_loading_info=True, local_files_only=True, use_safetensors=True, dtype=torch.float32)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"the model folder cannot be read: {str(error).splitlines()[0][:200]}", "BAD_CHECKPOINT") from error
+    except MedVLMError:
+        raise
+    except Exception as error:  # transformers, tokenizers and safetensors have kinds of their own, and a file can be anything
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ModelError(f"the model folder cannot be read: {said}", "BAD_CHECKPOINT") from error
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -62,11 +70,18 @@ def load(folder: Path, device: str | None = None) -> NativeModel:
     wrong = {k: sorted(map(str, v))[:3] for k, v in info.items() if v}
     if wrong:
         raise ModelError(f"the weights do not fit the configuration: {wrong}", "BAD_CHECKPOINT")
+    if model.lm is None:
+        raise ModelError("the model has no language model", "BAD_CHECKPOINT")
     if len(tokenizer) != model.lm.config.vocab_size:
         raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the language model {model.lm.config.vocab_size}", "BAD_CHECKPOINT")
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    return NativeModel(model.to(device or best).eval(), tokenizer, digest)
+    with (folder / "model.safetensors").open("rb") as weights:
+        digest = hashlib.file_digest(weights, "sha256").hexdigest()
+    try:
+        model = model.to(device or best)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"the device {device or best!r} cannot be used here", "BAD_ARGUMENT", "use cpu, cuda, cuda:1 or mps") from error
+    return NativeModel(model.eval(), tokenizer, digest)
 
 
 class NativeModel(Model):
@@ -107,12 +122,12 @@ class NativeModel(Model):
             return self._prompted(picture, target or "target", points, boxes)
         if target is None:
             raise ModelError("nothing to segment was named", "BAD_ARGUMENT", "give a target, points or boxes")
-        wanted = JOINED.get(target.strip().lower(), (self._target(target),))
+        wanted = JOINED.get(_words(target)) or (self._target(target),)
         parts = self._outline(picture, wanted)
         if len(parts) == 1:
             return parts[0]
         mask = np.logical_or.reduce([p.mask for p in parts])
-        return Segmentation(picture, target.strip().lower(), mask, max(p.present for p in parts))
+        return Segmentation(picture, _words(target), mask, max(p.present for p in parts))
 
     def ground(self, study, phrase, image=None) -> list[Region]:
         found = self.segment(study, phrase, image=image)
@@ -120,13 +135,14 @@ class NativeModel(Model):
 
     @torch.no_grad()
     def classify(self, study, labels, image=None) -> dict[str, float]:
+        labels = [labels] if isinstance(labels, str) else labels
         picture = self._readable(study, image)
         chances = self._chances(picture)
         known = {name.lower(): name for name in chances}
-        wanted = {label: known.get(ALIASES.get(label.strip().lower(), label.strip()).lower()) for label in labels}
+        wanted = {label: known.get(ALIASES.get(_words(label), _words(label)).lower()) for label in labels}
         if unknown := [label for label, name in wanted.items() if name is None]:
             there = ", ".join(n for n in chances if ":" not in n)
-            raise ModelError(f"{self.name} has not learned {unknown[0]!r}; it knows: {there}", "UNKNOWN_TARGET")
+            raise ModelError(f"{self.name} has not learned {unknown[0][:60]!r}; it knows: {there}", "UNKNOWN_TARGET")
         return {label: chances[name] for label, name in wanted.items()}
 
     def scope(self, image: Image | Volume) -> str | None:
@@ -199,7 +215,7 @@ class NativeModel(Model):
         return picture
 
     def _target(self, name: str) -> str:
-        plain = ALIASES.get(name.strip().lower(), name.strip().lower())
+        plain = ALIASES.get(_words(name), _words(name))
         for known in self.targets:
             if known.lower() == plain.lower():
                 return known
@@ -234,7 +250,8 @@ class NativeModel(Model):
         asking = turns[0][1] is None
         rows = []
         for question, answer in turns:
-            said = [Turn("user", _plain(question)), *([] if answer is None else [Turn("assistant", answer)])]
+            said = [Turn("user", question.replace("<|", "< |")),  # a question places no image
+                    *([] if answer is None else [Turn("assistant", answer)])]
             rows.append(encode(self.tokenizer, Sample("question", images={picture.id: picture}, turns=tuple(said)), count, not asking, limit))
         return collate(self.tokenizer, rows, [{picture.id: (name, 0)}] * len(rows), {}, left=asking).to(self.vlm.device)
 
@@ -273,7 +290,7 @@ class NativeModel(Model):
         head = self.vlm.heads["mask"]
         drawn = head.decode(embedding, _prompts(len(targets), self.vlm.device, tokens=self.vlm.seg_states(batch, out)))
         chances = head.probability(drawn.present).tolist()
-        masks = (frame.map_to_image(drawn.logits) > 0).cpu().numpy()
+        masks = [(frame.map_to_image(each[None])[0] > 0).cpu().numpy() for each in drawn.logits]  # one native grid at a time
         return [Segmentation(picture, t, m if c >= PRESENT else np.zeros_like(m), c) for t, m, c in zip(targets, masks, chances)]
 
     @torch.no_grad()
@@ -282,14 +299,17 @@ class NativeModel(Model):
         device = self.vlm.device
         prompt: dict = {}
         if points is not None:
-            given = _inside(points, picture, (2, 3), "points")
+            given = _inside(points, picture, (2, 3), "points", last=1)
             centres = frame.to_input(given[:, :2] + 0.5) - 0.5
             marks = given[:, 2] if given.shape[1] == 3 else np.ones(len(given))
+            if not np.isin(marks, (0, 1)).all():
+                raise ModelError(f"the last column of points is 1 (on the target) or 0 (off it), not {marks.tolist()}", "BAD_ARGUMENT")
             prompt |= {"points": torch.tensor(centres, device=device).float()[None], "labels": torch.tensor(marks, device=device).long()[None]}
         if boxes is not None:
-            corners = _inside(np.asarray(boxes, float).reshape(-1, 2), picture, (2,), "boxes")
-            if len(corners) != 2 or (corners[1] <= corners[0]).any():
-                raise ModelError(f"a box is ((h, w), (h, w)) with lower < upper, not {np.asarray(boxes).tolist()}", "BAD_ARGUMENT")
+            corners = _numbers(boxes, "a box")
+            if corners.size != 4 or (np.diff(corners.reshape(2, 2), axis=0) <= 0).any():
+                raise ModelError(f"a box is ((h, w), (h, w)) with lower < upper, not {corners.tolist()}", "BAD_ARGUMENT")
+            corners = _inside(corners.reshape(2, 2), picture, (2,), "box corners")
             prompt["boxes"] = torch.tensor(frame.to_input(corners), device=device).float()[None]
         head = self.vlm.heads["mask"]
         drawn = head.decode(embedding, _prompts(1, device, **prompt))
@@ -306,17 +326,28 @@ def _prompts(count: int, device, **given):
 def choices_of(question: str) -> tuple[str, ...] | None:
     """The answers a closed question allows: ("yes", "no"), the two named by "A or B", or None for an open question.
 
+    Longer alternatives ("T1, T2 or FLAIR", "a physical injury or a medical process") are left to be answered freely.
+
     >>> choices_of("Is this a PA or AP film?")
     ('PA', 'AP')
+    >>> choices_of("Is it on the left side or the right side?")
+    ('left', 'right')
     >>> choices_of("Is there a pneumothorax?")
     ('yes', 'no')
     """
     if not _CLOSED.match(question):
         return None
+    if not re.search(r"\bor\b", question, re.I) or _WHETHER.search(question):
+        return "yes", "no"
     either = _EITHER.search(question)
-    if either and not re.search(r"any|evidence|there", question[: either.start()], re.I):
-        return either.group(1), either.group(2)
-    return "yes", "no"
+    if not either:
+        return None
+    before, first, article, second, after = either.groups()
+    if after and first.lower() == after.lower():  # "left side or right side"
+        return before, second
+    if after and article and not _LEADING.fullmatch(before):
+        return None
+    return first, second
 
 
 def cardiothoracic_ratio(outlines: Mapping[str, Segmentation]) -> float | None:
@@ -343,17 +374,25 @@ def _parts(mask: np.ndarray, least: float = 0.02) -> list[np.ndarray]:
     return [numbered == k + 1 for k in np.argsort(-sizes) if sizes[k] >= least * mask.sum()]
 
 
-def _inside(points, picture: Image, columns: tuple[int, ...], what: str) -> np.ndarray:
-    array = np.asarray(points, float)
+def _numbers(values, what: str) -> np.ndarray:
+    try:
+        return np.asarray(values, float)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{what} must be numbers (h, w), not {str(values)[:60]}", "BAD_ARGUMENT") from error
+
+
+def _inside(points, picture: Image, columns: tuple[int, ...], what: str, last: int = 0) -> np.ndarray:
+    """``last``: how far the largest index stays below the size: 1 for pixels, 0 for the corners of half-open boxes."""
+    array = _numbers(points, what)
     array = array[None] if array.ndim == 1 else array
-    if array.ndim != 2 or array.shape[1] not in columns or not np.isfinite(array).all():
-        raise ModelError(f"{what} must be (h, w) index pairs, not an array of shape {np.asarray(points).shape}", "BAD_ARGUMENT")
+    if array.ndim != 2 or not len(array) or array.shape[1] not in columns or not np.isfinite(array).all():
+        raise ModelError(f"{what} must be finite (h, w) index pairs, not an array of shape {array.shape}", "BAD_ARGUMENT")
     size = np.array(picture.shape[1:])
-    if (array[:, :2] < 0).any() or (array[:, :2] > size).any():
-        raise ModelError(f"{what} {array[:, :2].tolist()} lie outside the image of {tuple(picture.shape[1:])} (h, w)", "BAD_ARGUMENT")
+    if (array[:, :2] < 0).any() or (array[:, :2] > size - last).any():
+        raise ModelError(f"{what} {array[:5, :2].tolist()} lie outside the image of {tuple(picture.shape[1:])} (h, w)", "BAD_ARGUMENT")
     return array
 
 
-def _plain(text: str) -> str:
-    """A user's text with our special tokens made harmless."""
-    return re.sub(r"<\|(.*?)\|>", r"< \1 >", text)
+def _words(name: str) -> str:
+    """A name as it is typed or as a data set writes it ("right_lung"), in this toolkit's words, lower case."""
+    return word(" ".join(name.lower().split())).lower()

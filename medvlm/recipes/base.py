@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -100,6 +101,9 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
             value = text
         match path.split("."):
             case ["args", name] if eq:
+                accepted = [p.name for p in list(inspect.signature(recipe.model).parameters.values())[1:]]
+                if name not in accepted:
+                    raise ModelError(f"the model of recipe {recipe.name} takes no {name!r}{_nearest(name, accepted)}", "BAD_RECIPE")
                 recipe = dataclasses.replace(recipe, args={**recipe.args, name: value})
             case ["stages", stage, name] if eq:
                 stages = {s.name: s for s in recipe.stages}
@@ -109,7 +113,8 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
                 if name not in fields:
                     raise ModelError(f"Stage has no {name!r}{_nearest(name, fields)}", "BAD_RECIPE")
                 old = getattr(stages[stage], name)
-                value = tuple(value) if isinstance(old, tuple) else value
+                if isinstance(old, tuple):
+                    value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
                 if isinstance(old, float) and isinstance(value, int):
                     value = float(value)
                 if type(value) is not type(old):

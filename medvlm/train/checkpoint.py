@@ -25,8 +25,8 @@ def save(folder: Path, model, optimizer, state: dict) -> None:
     for path in fresh.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    shutil.rmtree(old, ignore_errors=True)
-    if last.exists():
+    if last.exists():  # else a crash between the two renames left the only good state in old
+        shutil.rmtree(old, ignore_errors=True)
         last.rename(old)
     fresh.rename(last)
     shutil.rmtree(old, ignore_errors=True)
@@ -46,7 +46,10 @@ def read_state(path: Path) -> dict:
 
 def restore(path: Path, model) -> None:
     """Load the weights: all of them, or BAD_CHECKPOINT."""
-    missing, unexpected = model.load_state_dict(load_file(path / "model.safetensors"), strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(load_file(path / "model.safetensors"), strict=False)
+    except RuntimeError as error:
+        raise ModelError("the checkpoint's weights have other shapes than the model's", "BAD_CHECKPOINT", "was the recipe changed?") from error
     if missing or unexpected:
         raise ModelError(f"the checkpoint lacks {missing[:3]} and has unknown {unexpected[:3]}", "BAD_CHECKPOINT", "was the recipe changed?")
 

@@ -55,7 +55,7 @@ def train(recipe, data: str | Path, out: str | Path, resume: bool = False, seed:
     samples = {name: list(recipe.samples(data, name, "train")) for stage in recipe.stages for name in stage.data}
     if not any(samples.values()):
         raise ModelError(f"{data} holds no training samples of {', '.join(samples)}", "BAD_RECIPE", "check --data")
-    if (out / "tokenizer").exists():
+    if resume and (out / "tokenizer").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
     else:
         tokenizer = recipe.tokenizer([t.text for group in samples.values() for s in group for t in s.turns])
@@ -102,7 +102,10 @@ def save_model(model: MedVLM, tokenizer, folder: Path, dtype: torch.dtype = torc
     """The model and its tokenizer as a folder that ``medvlm.load`` and ``MedVLM.from_pretrained`` read."""
     import copy
 
-    copy.deepcopy(model).to(dtype).save_pretrained(folder)
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():  # buffers (rotary frequencies, running variances) need their full precision
+        parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
