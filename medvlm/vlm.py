@@ -120,13 +120,15 @@ class MedVLM(PreTrainedModel, GenerationMixin):
             max_new_tokens=max_new_tokens, do_sample=False, **options,
         )  # fmt: skip
 
-    def masks(self, batch: Batch, out: Output) -> Masks:
-        """One mask for each <|seg|> of the batch, in reading order."""
+    def masks(self, batch: Batch, out: Output, targets: Sequence[str] = ()) -> Masks:
+        """One mask for each <|seg|> of the batch, in reading order. targets: their names, where they are known."""
         names = {name for name, _ in batch.seg_image}
         if len(names) != 1:
             raise ModelError(f"masks are drawn on one encoder at a time, not {sorted(names)}", "BAD_ARGUMENT")
         index = torch.tensor([k for _, k in batch.seg_image], device=batch.ids.device)
-        return self.heads["mask"](out.features[names.pop()], Prompts(index, tokens=self.seg_states(batch, out)))
+        head = self.heads["mask"]
+        known = torch.tensor([head.labels.index(t) if t in head.labels else -1 for t in targets], device=index.device) if targets else None
+        return head(out.features[names.pop()], Prompts(index, tokens=self.seg_states(batch, out), named=known))
 
     def seg_states(self, batch: Batch, out: Output) -> Tensor:
         """(S, 2, lm_dim): for each <|seg|> the state that predicts it, and the mean embedding of the words that asked."""

@@ -27,7 +27,8 @@ class Prompts:
 
     image: (P,) index into the batch. points: (P, Q, 2) pixel centres (h, w) of the encoder's input, labels (P, Q) with
     1 on the target, 0 off it, -1 padding. boxes: (P, 2, 2) lower and upper corner (h, w). masks: (P, 1, h, w) logits at
-    ``4 x`` the embedding's grid. tokens: (P, L, lm_dim) [SEG] states.
+    ``4 x`` the embedding's grid. tokens: (P, L, lm_dim) [SEG] states. named: (P,) index into the head's labels, -1 for
+    targets it does not know by name; a known one starts from its own coarse map.
     """
 
     image: Tensor
@@ -36,6 +37,7 @@ class Prompts:
     boxes: Tensor | None = None
     masks: Tensor | None = None
     tokens: Tensor | None = None
+    named: Tensor | None = None
 
 
 class Masks(NamedTuple):
@@ -49,7 +51,8 @@ class Masks(NamedTuple):
 class MaskHead(nn.Module):
     """(Features, Prompts) -> Masks. ``scale`` and ``shift`` calibrate presence: p = sigmoid(present * scale + shift).
 
-    labels: names of the maps of ``dense``, (dim) -> (labels) at the embedding's grid; used to train, not to answer.
+    labels: names of the coarse maps of ``dense``, (dim) -> (labels) at the embedding's grid. A prompt that names one
+    starts from it: the map is its mask prompt, and the decoder's logits are added to it.
     """
 
     def __init__(self, neck: nn.Module, prompt_encoder: PromptEncoder, decoder: MaskDecoder, lm_dim: int, labels: tuple[str, ...]):
@@ -72,8 +75,20 @@ class MaskHead(nn.Module):
 
     def decode(self, embedding: Tensor, prompts: Prompts) -> Masks:
         sparse, dense = self._prompt(prompts, tuple(embedding.shape[2:]))
+        coarse = self._coarse(embedding, prompts)
+        if coarse is not None:
+            known = (prompts.named >= 0)[:, None, None, None]
+            dense = torch.where(known, self.prompt_encoder.mask_downscaling(coarse), dense)
         masks, quality, token = decode(self.decoder, embedding[prompts.image], self._positions(embedding), sparse, dense)
-        return Masks(masks[:, 0], quality[:, 0], self.presence(token)[:, 0])
+        logits = masks[:, 0] if coarse is None else masks[:, 0] + coarse[:, 0] * known[:, 0]
+        return Masks(logits, quality[:, 0], self.presence(token)[:, 0])
+
+    def _coarse(self, embedding: Tensor, prompts: Prompts) -> Tensor | None:
+        """(P, 1, 4h, 4w) logits of the named targets' own maps; they learn from their own loss alone."""
+        if self.dense is None or prompts.named is None:
+            return None
+        maps = self.dense(embedding)[prompts.image, prompts.named.clamp(min=0)][:, None].detach()
+        return F.interpolate(maps, scale_factor=4, mode="bilinear", align_corners=False)
 
     def probability(self, present: Tensor) -> Tensor:
         """Calibrated chance that the target is there."""

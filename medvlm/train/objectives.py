@@ -31,13 +31,12 @@ def mask(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     ((name, features),) = out.features.items()
     embedding = head.embed(features)
     index = torch.tensor([k for _, k in batch.seg_image], device=batch.ids.device)
-    drawn = head.decode(embedding, Prompts(index, tokens=model.seg_states(batch, out)))
-    target, weak, present = batch.targets["mask"], batch.targets["weak"], batch.targets["present"]
+    target, weak, present, label = (batch.targets[k] for k in ("mask", "weak", "present", "label"))
+    drawn = head.decode(embedding, Prompts(index, tokens=model.seg_states(batch, out), named=label))
     losses = {
         "mask": mask_loss(drawn, target, weak, present),
         "present": F.binary_cross_entropy_with_logits(drawn.present.float(), present),
     }
-    label = batch.targets["label"]
     named = (label >= 0) & present.bool()
     if head.dense is not None and named.any():
         maps = Masks(head.dense(embedding)[index[named], label[named]], drawn.quality[named].detach(), drawn.present[named])
