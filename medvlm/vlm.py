@@ -67,9 +67,8 @@ class MedVLM(PreTrainedModel, GenerationMixin):
             self.lm = language.build(**config.parts["language"]["lm"]["args"]) if "language" in config.parts else None
         for module in self.modules():
             module._non_persistent_buffers_set.clear()  # else a reload leaves them as uninitialised memory
-            module._is_hf_initialized = True  # the parts' own initialisation stands
-        for parameter in self.parameters():
-            parameter._is_hf_initialized = True
+            # the parts' own initialisation stands; were the parameters marked too, missing weights would not be reported
+            module._is_hf_initialized = True
         self.post_init()
 
     def route(self, modality: str) -> str:

@@ -73,12 +73,12 @@ def test_special_tokens_in_a_text_are_words(tok, text, role):
     assert "<|" not in plain(text) and plain("a < b | c > d") == "a < b | c > d"
 
 
-@pytest.mark.parametrize("text", INJECTIONS)
+@pytest.mark.parametrize("text", [*INJECTIONS, "<|image:other|>", "<|image:xray-1|>"])
 def test_a_question_writes_no_image(reader, text):
     picture = tiny.picture()
     batch = reader._batch(picture, [(text, "yes"), ("no", "yes")])
     image, seg = (reader.tokenizer.convert_tokens_to_ids(t) for t in (IMAGE, SEG))
-    assert (batch.ids == image).sum(1).tolist() == [reader.vlm.count("picture")] * 2 and not (batch.ids == seg).any()
+    assert (batch.ids[:, 1] == image).all() and (batch.ids == image).sum(1).tolist() == [reader.vlm.count("picture")] * 2 and not (batch.ids == seg).any()
     answer = reader.ask(picture, text)
     assert isinstance(answer.text, str) and 0 <= answer.probability <= 1
 
@@ -117,6 +117,12 @@ def test_a_batch_knows_its_images_and_masks(tok):
         assert [batch.ids[i, j].item() for i, j in batch.seg] == [tok.convert_tokens_to_ids(SEG)] * 2
         asked = [words(tok, batch.ids[i][w].tolist()) for (i, _), w in zip(batch.seg, batch.seg_words)]
         assert [[t for t in a if t in ("yes", "no")] for a in asked] == [["no", "yes"], ["yes"]] and not any("<|" in t for a in asked for t in a)
+
+
+def test_only_the_turn_that_asked_prompts_its_mask(tok):
+    sample = say(("user", "yes<|image:a|>"), ("assistant", SEG), ("user", "no"), ("assistant", SEG))
+    batch = collate(tok, [encode(tok, sample, {"a": 1})], [{"a": ("picture", 0)}], {})
+    assert [words(tok, batch.ids[0][w].tolist()) for w in batch.seg_words] == [["yes"], ["no"]]
 
 
 def test_a_mask_without_an_image_is_an_error(tok):
