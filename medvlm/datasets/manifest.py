@@ -105,7 +105,7 @@ def read_masks(row: dict[str, Any], image: Image | Volume | None, only: str | No
     """The masks of a row as bool arrays on the image's grid.
 
     binary, instance and volume_binary files give one mask each (instances are joined), named as in ``files``; label maps
-    one mask a label, DICOM segmentations one a segment. Volumes may be stored along other axes than their image, never
+    one mask a label (one in all where the labels are not said), DICOM segmentations one a segment. Volumes may be stored along other axes than their image, never
     on another grid: nothing is resampled.
 
     Raises:
@@ -129,7 +129,7 @@ def read_masks(row: dict[str, Any], image: Image | Volume | None, only: str | No
             array = _mask_array(path, image)
         except MedVLMError as error:
             raise ModelError(f"manifest line {row['_line']}, mask {name!r}: {error.message}", error.code, error.hint) from error
-        if spec["type"] in ("labelmap", "volume_labelmap"):
+        if "labelmap" in spec["type"] and spec.get("labels"):
             for value, label in spec["labels"].items():
                 found.append(Mask(image.id, label, array == int(value)))
         else:
@@ -199,8 +199,8 @@ def _check(line: str, file: str, number: int) -> dict[str, Any]:
         files = mask.get("files")
         if mask.get("type") not in MASK_TYPES or not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
             refuse(f"mask needs a type ({', '.join(sorted(MASK_TYPES))}) and files {{name: path}}, got {str(mask)[:80]}")
-        if "labelmap" in mask["type"]:
-            labels = mask.get("labels")
+        labels = mask.get("labels")
+        if "labelmap" in mask["type"] and labels is not None:  # null: the file's own numbers mean something nobody wrote down
             if not isinstance(labels, dict) or not labels or not all(k.isdecimal() and isinstance(v, str) for k, v in labels.items()):
                 refuse(f"a mask of type {mask['type']} needs labels {{value: name}}, got {str(labels)[:80]}")
     for i, qa in enumerate(row.get("qa") or ()):

@@ -288,7 +288,8 @@ class NativeModel(Model):
         batch = self._batch(picture, [(f"Segment the {t}.", SEG) for t in targets])
         out = self.vlm(batch, features)
         head = self.vlm.heads["mask"]
-        drawn = head.decode(embedding, _prompts(len(targets), self.vlm.device, tokens=self.vlm.seg_states(batch, out)))
+        known = torch.tensor([head.labels.index(t) if t in head.labels else -1 for t in targets], device=self.vlm.device)
+        drawn = head.decode(embedding, _prompts(len(targets), self.vlm.device, tokens=self.vlm.seg_states(batch, out), named=known))
         chances = head.probability(drawn.present).tolist()
         masks = [(frame.map_to_image(each[None])[0] > 0).cpu().numpy() for each in drawn.logits]  # one native grid at a time
         return [Segmentation(picture, t, m if c >= PRESENT else np.zeros_like(m), c) for t, m, c in zip(targets, masks, chances)]
