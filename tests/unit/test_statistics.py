@@ -1,0 +1,141 @@
+"""Scores, intervals and calibration against worked cases and scikit-learn."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from medvlm.errors import MedVLMError
+from medvlm.evaluate.segmentation import dice
+from medvlm.evaluate.statistics import Score, auroc, auroc_score, fit_platt, interval, mean_score
+from medvlm.evaluate.vqa import closed_accuracy, normalise, prior_answers
+from medvlm.sample import Prediction, Sample, Turn
+
+
+def test_auroc_by_hand():
+    assert auroc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1]) == 0.75
+    assert auroc([1, 1, 1, 1], [0, 1, 0, 1]) == 0.5  # all ties
+    assert auroc([3, 2, 1], [0, 0, 1]) == 0.0
+    assert math.isnan(auroc([1, 2], [1, 1])) and math.isnan(auroc([], []))
+
+
+def test_auroc_is_that_of_scikit_learn():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scores, labels = rng.integers(0, 8, 50).astype(float), rng.integers(0, 2, 50)
+        assert auroc(scores, labels) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+
+
+def test_fewer_than_five_clusters_have_no_interval():
+    values = np.arange(40.0)
+    assert interval(lambda i: values[i].mean(), ["a", "b", "c", "d"] * 10) == (None, None)
+    low, high = interval(lambda i: values[i].mean(), ["a", "b", "c", "d", "e"] * 8)
+    assert low < values.mean() < high
+    assert interval(lambda i: float("nan"), range(10)) == (None, None)
+    score = mean_score("x", [1, 0, 1, 1], ["a", "b", "c", "d"])
+    assert (score.value, score.n, score.low, score.high) == (0.75, 4, None, None)
+
+
+def test_whole_clusters_are_drawn():
+    """Twenty copies of five answers say as much as the five: the interval does not shrink."""
+    answers, copies = np.array([0.0, 0, 1, 1, 1]), np.repeat([0.0, 0, 1, 1, 1], 20)
+    few = interval(lambda i: answers[i].mean(), range(5))
+    many = interval(lambda i: copies[i].mean(), np.repeat(range(5), 20).tolist())
+    alone = interval(lambda i: copies[i].mean(), range(100))
+    assert few == many and alone[1] - alone[0] < (many[1] - many[0]) / 3
+    assert interval(lambda i: answers[i].mean(), range(5)) == few and interval(lambda i: copies[i].mean(), range(100), seed=1) != alone
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    rng, hits = np.random.default_rng(1), 0
+    for n in range(150):
+        x = rng.normal(0, 1, 40)
+        low, high = interval(lambda i, x=x: x[i].mean(), range(40), draws=200, seed=n)
+        hits += low <= 0 <= high
+    assert 0.86 <= hits / 150 <= 0.99
+
+
+def test_unknown_values_are_left_out_and_counted():
+    score = mean_score("x", [1, float("nan"), 0, 1, 1, 1], range(6))
+    assert (score.n, score.excluded, score.value) == (5, 1, 0.8)
+    nothing = mean_score("x", [float("nan")] * 3, range(3))
+    assert nothing.n == 0 and nothing.excluded == 3 and math.isnan(nothing.value)
+    assert json.loads(json.dumps(nothing.to_json(), allow_nan=False))["value"] is None
+    score = auroc_score("x", [0.1, 0.9, float("nan"), 0.5], [0, 1, 1, float("nan")], "abcd")
+    assert (score.value, score.n, score.excluded, score.chance, score.low) == (1.0, 2, 2, 0.5, None)
+
+
+def test_calibration_moves_towards_the_truth():
+    rng = np.random.default_rng(0)
+    z = rng.normal(0, 2, 4000)
+    y = (rng.random(4000) < 1 / (1 + np.exp(-(0.5 * z - 1)))).astype(float)
+    scale, shift = fit_platt(z, y)
+    assert scale == pytest.approx(0.5, abs=0.06) and shift == pytest.approx(-1, abs=0.12)
+    loss = [float((np.logaddexp(0, a) - a * y).mean()) for a in (z, z * scale + shift)]
+    assert loss[1] < loss[0]
+    assert fit_platt(np.zeros(0), np.zeros(0)) == (1.0, 0.0)
+    scale, shift = fit_platt([5.0], [0.0])  # one pair: a small step the right way, no leap
+    assert 0 < scale < 1 and -2 < shift < 0
+    for always in (0.0, 1.0):  # one class only stays finite
+        assert np.isfinite(fit_platt(z, np.full(4000, always))).all()
+
+
+def test_dice_by_hand():
+    a, b = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
+    assert dice(a, b) == 1.0  # rightly said to be absent
+    a[0, :3] = True
+    assert dice(a, b) == 0.0 and dice(b, a) == 0.0 and dice(a, a) == 1.0
+    b[0, 1:3] = True
+    assert dice(a, b) == pytest.approx(0.8)  # 2 * 2 / (3 + 2)
+    assert dice(a.astype(np.uint8) * 255, b) == pytest.approx(0.8)
+    with pytest.raises(MedVLMError) as e:
+        dice(a, b[:3])
+    assert e.value.code == "GRID_MISMATCH"
+
+
+def sample(id, answer, question="Is it?", row=None):
+    return Sample(id, turns=(Turn("user", question), Turn("assistant", answer)), meta={"row": row or id})
+
+
+def test_errors_and_empty_answers_are_wrong_and_counted():
+    samples = [sample(str(i), a) for i, a in enumerate(["yes", "no", "yes", "no", "no", "", "yes"])]
+    said = [Prediction("0", "Yes."), Prediction("1", "no", error="OUT_OF_SCOPE: x"), Prediction("2", ""), Prediction("3", "nothing"),
+            Prediction("4", "No"), Prediction("5", ""), Prediction("6", " . ")]  # fmt: skip
+    score = closed_accuracy(samples, said)
+    assert (score.value, score.n, score.excluded) == (2 / 7, 7, 0)
+    assert closed_accuracy(samples[:1], [Prediction("0", "yes it is")]).value == 0  # "yes" is in it, but it is not the answer
+
+
+def test_a_missing_prediction_is_not_passed_over():
+    samples = [sample(str(i), "yes") for i in range(3)]
+    said = [Prediction(str(i), "yes") for i in range(3)]
+    assert closed_accuracy(samples, said).value == 1
+    for wrong in (said[:2], [said[1], said[0], said[2]], [*said, said[0]]):
+        with pytest.raises(MedVLMError) as e:
+            closed_accuracy(samples, wrong)
+        assert e.value.code == "BAD_ARGUMENT"
+
+
+def test_questions_of_one_image_are_one_cluster():
+    samples = [sample(str(i), "yes", row=str(i % 4)) for i in range(40)]
+    said = [Prediction(str(i), "yes" if i % 3 else "no") for i in range(40)]
+    assert closed_accuracy(samples, said).low is None  # four images
+
+
+def test_answers_are_compared_as_words():
+    assert normalise("Yes,  the LEFT lung.") == "yes left lung" and normalise("X-ray") == "x ray"
+    assert normalise("A") == "a" and normalise("the") == "the" and normalise("?!") == ""
+
+
+def test_a_blind_reader_says_what_was_commonest():
+    train = [sample("a", "Yes", "Q1?"), sample("b", "no", "q1"), sample("c", "no", "Q1"), sample("d", "yes", "q2"), sample("e", "yes", "q3")]
+    assert prior_answers(train, [sample("x", "?", "Q1"), sample("y", "?", "q2?"), sample("z", "?", "new")]) == ["no", "yes", "yes"]
+
+
+def test_a_score_is_plain_json():
+    assert json.loads(json.dumps(Score("x", 0.5, 3, low=float("inf")).to_json(), allow_nan=False)) == {
+        "name": "x", "value": 0.5, "n": 3, "excluded": 0, "low": None, "high": None, "chance": None, "unit": "", "convention": "", "slice": "all",
+    }  # fmt: skip
