@@ -128,6 +128,13 @@ class _Stage:
         picked = rng.choice(len(names), size=self.stage.batch, p=weights / weights.sum())
         return [self.cases[names[i]][rng.integers(len(self.cases[names[i]]))] for i in picked]
 
+    def learn(self) -> None:
+        """Training mode, but for frozen batch norms, whose running statistics would move all the same."""
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.affine and not module.weight.requires_grad:
+                module.eval()
+
     def losses(self, batch):
         out = self.model(batch)
         return {name: value for objective in self.objectives for name, value in objective(self.accelerator.unwrap_model(self.model), batch, out).items()}
@@ -138,7 +145,7 @@ class _Stage:
         began, skipped = time.monotonic(), 0
         bar = tqdm(range(start, stage.steps), initial=start, total=stage.steps, desc=stage.name, disable=not self.accelerator.is_main_process)
         for step in bar:
-            self.model.train()
+            self.learn()
             rng = self.rng(step)
             batch = draw(self.pick(rng), self.tokenizer, rng, stage.turns, dict(stage.kinds), stage.augment).to(self.accelerator.device)
             for group in self.optimizer.param_groups:

@@ -1,0 +1,393 @@
+"""The training loop on a small made-up data set: it learns, stops, goes on and refuses."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image as Pillow
+from safetensors.torch import load_file
+
+from medvlm.datasets import instruct, manifest
+from medvlm.encoders.base import Features
+from medvlm.errors import MedVLMError
+from medvlm.heads.classify import ClassifyHead
+from medvlm.heads.mask import Masks
+from medvlm.language import Batch
+from medvlm.predictors import load as load_model
+from medvlm.recipes.base import Recipe, Stage, load, override
+from medvlm.train import checkpoint, objectives
+from medvlm.train.data import draw, prepare
+from medvlm.train.loop import schedule, train
+from medvlm.vlm import Output
+
+
+def drawn_xray(rng, sick: bool):
+    """Two dark lungs on a grey chest, a bright spot in the right one (image left) when it is ill."""
+    h, w = np.ogrid[:56, :64]
+    top, wide = rng.integers(-3, 4), rng.integers(9, 12)
+    right = ((h - 28 - top) / 20) ** 2 + ((w - 18) / wide) ** 2 < 1
+    left = ((h - 28 - top) / 20) ** 2 + ((w - 46) / wide) ** 2 < 1
+    spot = ((h - 28 - top) ** 2 + (w - 18) ** 2 < 36) & bool(sick)
+    picture = np.full((56, 64), 150.0) - 110 * (right | left) + 90 * spot + rng.normal(0, 6, (56, 64))
+    return picture.clip(0, 255).astype(np.uint8), {"right_lung": right, "left_lung": left, **({"consolidation": spot} if sick else {})}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    folder, rng, lines = root / "drawn", np.random.default_rng(0), []
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir()
+    for i in range(10):
+        picture, masks = drawn_xray(rng, i % 2)
+        Pillow.fromarray(picture).save(folder / f"images/{i}.png")
+        files = {}
+        for name, mask in masks.items():
+            files[name] = f"masks/{i}_{name}.png"
+            Pillow.fromarray(mask).save(folder / files[name])
+        qa = [{"qid": f"q{i}", "question": "Is there consolidation in the lungs?", "answer": "yes" if i % 2 else "no"}]
+        lines.append({"id": f"x{i}", "image": f"images/{i}.png", "modality": "xray", "patient": f"p{i}", "split": "val" if i > 7 else "train",
+                      "findings": {"consolidation": i % 2, "cardiomegaly": None}, "mask": {"type": "binary", "files": files}, "qa": qa})  # fmt: skip
+    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return root
+
+
+def samples(data, name, split):
+    for row in manifest.rows(data / name, split):
+        (image,) = manifest.open_images(row)
+        yield from instruct.conversations(row, image, manifest.read_masks(row, image), tiny.TARGETS)
+
+
+def config(tokenizer, width: int = 32):
+    return tiny.config(tokenizer)
+
+
+ALL = ("*",)
+RECIPE = Recipe(
+    name="drawn", source="a test", model=config, samples=samples, tokenizer=lambda texts: tiny.tokenizer(),
+    stages=(Stage("see", "lm+mask+classify", ALL, {"drawn": 1.0}, lr=2e-3, steps=4, batch=2, turns=3, warmup=1, augment=0.5),
+            Stage("speak", "lm", ("projectors.*", "lm.*"), {"drawn": 1.0}, lr=1e-3, steps=2, batch=2, turns=2, warmup=1)),
+)  # fmt: skip
+
+
+def run(root, out, recipe=RECIPE, **more):
+    return train(recipe, root, out, device="cpu", precision="no", **more)
+
+
+def weights(out):
+    return load_file(out / "checkpoints/last/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    """One run without a stop."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run(root, out)
+    return out
+
+
+def test_a_run_leaves_a_model_and_says_what_it_did(root, whole):
+    record = json.loads((whole / "recipe.json").read_text())
+    assert record["name"] == "drawn" and [s["name"] for s in record["stages"]] == ["see", "speak"] and record["seed"] == 0
+    assert record["data"]["drawn"]["samples"] > 50 and len(record["data"]["drawn"]["manifest_sha256"]) == 64 and record["versions"]["torch"]
+    lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+    assert [(x["stage"], x["split"], x["step"]) for x in lines] == [("see", "train", 4), ("see", "val", 4), ("speak", "train", 2), ("speak", "val", 2)]
+    assert all(math.isfinite(v) for x in lines for v in x.values() if isinstance(v, float))
+    reader = load_model(whole, "cpu")  # a run's folder is a model
+    (row,) = [r for r in manifest.rows(root / "drawn") if r["id"] == "x8"]
+    found = reader.segment(manifest.open_images(row)[0], "left lung")
+    assert found.mask.shape == (56, 64)
+
+
+def test_only_what_a_stage_names_learns(whole, root, tmp_path):
+    one = replace(RECIPE, stages=(replace(RECIPE.stages[1], train=("heads.mask.speak.*", "projectors.picture.layers.1.*"), objective="lm+mask"),))
+    run(root, tmp_path / "one", one)
+    torch.manual_seed(0)
+    from medvlm.vlm import MedVLM
+
+    before = {k: v.clone() for k, v in MedVLM(config(tiny.tokenizer())).state_dict().items()}
+    after = weights(tmp_path / "one")
+    moved = {n for n, p in before.items() if not torch.equal(p, after[n])}  # and no running statistics
+    assert moved and all(n.startswith(("heads.mask.speak.", "projectors.picture.layers.1.")) for n in moved)
+    assert {n.split(".")[0] for n in moved} == {"heads", "projectors"}
+
+
+@pytest.mark.parametrize("stop", [2, 4, 5])
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(root, whole, tmp_path, monkeypatch, stop):
+    """SIGTERM in the middle of the first stage, at its end, and in the second: bit for bit the same weights."""
+    import medvlm.train.loop as loop
+
+    done, real = [0], loop.draw
+
+    def draw_and_stop(cases, tokenizer, rng, turns, kinds, strength):
+        done[0] += strength > 0  # training batches; those of validation are not augmented
+        if done[0] == stop and strength > 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(cases, tokenizer, rng, turns, kinds, strength)
+
+    monkeypatch.setattr(loop, "draw", draw_and_stop)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run(root, tmp_path / "run")
+    assert signal.getsignal(signal.SIGTERM) is before and not (tmp_path / "run/model").exists()
+    monkeypatch.setattr(loop, "draw", real)
+    run(root, tmp_path / "run", resume=True)
+    ours, theirs = weights(tmp_path / "run"), weights(whole)
+    assert ours.keys() == theirs.keys() and [n for n in ours if not torch.equal(ours[n], theirs[n])] == []
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+def test_a_run_is_never_overwritten(root, whole):
+    before = (whole / "model/model.safetensors").read_bytes()
+    with pytest.raises(MedVLMError) as e:
+        run(root, whole)
+    assert e.value.code == "OUTPUT_EXISTS" and "--resume" in e.value.hint and (whole / "model/model.safetensors").read_bytes() == before
+
+
+def test_a_finished_run_resumes_with_its_weights(root, whole, tmp_path):
+    again = shutil.copytree(whole, tmp_path / "again")
+    shutil.rmtree(again / "model")
+    run(root, again, resume=True)
+    assert (again / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+def test_data_that_is_not_there_is_an_error(root, tmp_path):
+    with pytest.raises(MedVLMError) as e:
+        run(root, tmp_path / "a", replace(RECIPE, stages=(replace(RECIPE.stages[0], train=("nothing.*",)),)))
+    assert e.value.code == "BAD_RECIPE" and "nothing.*" in e.value.message
+    with pytest.raises(MedVLMError) as e:
+        run(tmp_path / "nowhere", tmp_path / "b")
+    assert e.value.code == "BAD_MANIFEST"
+    with pytest.raises(MedVLMError) as e:
+        objectives.find("lm+masks")
+    assert e.value.code == "BAD_RECIPE" and "'masks'" in e.value.message
+
+
+def test_the_loss_falls(root):
+    """On two pictures, twenty-five steps: answers, outlines and findings are all learnt."""
+    tokenizer = tiny.tokenizer()
+    model = tiny.model(tokenizer).train()
+    cases = prepare(model, tokenizer, list(samples(root, "drawn", "train")))[:2]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    seen = []
+    for _ in range(25):
+        batch = draw(cases, tokenizer, np.random.default_rng(0), 6, {}, 0)
+        out = model(batch)
+        losses = {k: v for o in objectives.find("lm+mask+classify") for k, v in o(model, batch, out).items()}
+        sum(losses.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append({k: float(v.detach()) for k, v in losses.items()})
+    assert seen[-1]["lm"] < 0.6 * seen[0]["lm"] and seen[-1]["mask"] < 0.8 * seen[0]["mask"] and seen[-1]["labels"] < 0.5 * seen[0]["labels"]
+
+
+def test_cases_hold_each_picture_once_with_what_is_known_of_it(root):
+    tokenizer = tiny.tokenizer()
+    model = tiny.model(tokenizer)
+    cases = prepare(model, tokenizer, list(samples(root, "drawn", "train")))
+    assert len(cases) == 8 and [c.source for c in cases] == [f"x{i}" for i in range(8)]
+    healthy, sick = cases[:2]
+    names = [*tiny.FINDINGS, *tiny.KINDS]
+    assert healthy.labels[names.index("consolidation")] == 0 and sick.labels[names.index("consolidation")] == 1
+    assert math.isnan(sick.labels[names.index("cardiomegaly")]) and sick.labels[names.index("modality:xray")] == 1
+    for turn in sick.turns:
+        assert (turn.target is not None) == (turn.kind == "segment")
+    order = [tiny.TARGETS[n] for n in sick.names]
+    assert order == ["right lung", "left lung", "consolidation"] and sick.present == [True] * 3 and healthy.present[-1] is False
+    columns = sick.masks[0].float().sum(0)
+    assert columns[:32].sum() > 10 * columns[32:].sum()  # the patient's right lung lies on the left of the picture
+
+
+def test_a_batch_is_its_seed_and_no_flip_moves_left_to_right(root):
+    tokenizer = tiny.tokenizer()
+    model = tiny.model(tokenizer)
+    cases = prepare(model, tokenizer, list(samples(root, "drawn", "train")))[:4]
+    one, two = (draw(cases, tokenizer, np.random.default_rng(3), 4, {"segment": 9.0}, 1.0) for _ in range(2))
+    assert torch.equal(one.ids, two.ids) and torch.equal(one.images["picture"], two.images["picture"]) and torch.equal(one.targets["mask"], two.targets["mask"])
+    assert not torch.equal(one.ids, draw(cases, tokenizer, np.random.default_rng(4), 4, {"segment": 9.0}, 1.0).ids)
+    seen = set()
+    for seed in range(12):
+        batch = draw(cases, tokenizer, np.random.default_rng(seed), 4, {"segment": 9.0}, 1.0)
+        for mask, label, present in zip(batch.targets["mask"], batch.targets["label"], batch.targets["present"]):
+            if present and tiny.TARGETS[label] in ("right lung", "left lung"):
+                centre = float((mask.sum(0) * torch.arange(64)).sum() / mask.sum())
+                assert (centre < 32) == (tiny.TARGETS[label] == "right lung")
+                seen.add(tiny.TARGETS[label])
+    assert seen == {"right lung", "left lung"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("stages.see.epoch=3", "Stage has no 'epoch'"),
+        ("stages.see.step=3", "did you mean 'steps'?"),
+        ("stages.spek.steps=3", "did you mean 'speak'?"),
+        ("stages.see.steps=many", "is a int, not 'many'"),
+        ("stages.see.lr=fast", "is a float"),
+        ("stages.see.train=3", "is a tuple"),
+        ("args.widht=3", "did you mean 'width'?"),
+        ("steps=3", "stages.NAME.FIELD=VALUE"),
+        ("stages.see.steps", "stages.NAME.FIELD=VALUE"),
+    ],
+)
+def test_a_wrong_setting_names_the_nearest(setting, says):
+    with pytest.raises(MedVLMError) as e:
+        override(RECIPE, [setting])
+    assert e.value.code == "BAD_RECIPE" and says in e.value.message
+
+
+def test_settings_change_their_field_alone():
+    made = override(RECIPE, ["stages.see.lr=1", "stages.see.train=lm.*", 'stages.speak.train=["lm.*","heads.*"]', "args.width=64", "stages.speak.steps=9"])
+    assert made.stages[0] == replace(RECIPE.stages[0], lr=1.0, train=("lm.*",)) and made.stages[1].train == ("lm.*", "heads.*")
+    assert made.args == {"width": 64} and made.stages[1].steps == 9 and RECIPE.stages[0].lr == 2e-3
+
+
+def test_a_recipe_is_a_name_or_a_file(tmp_path):
+    assert load("medvlm_tiny").name == "medvlm_tiny"
+    (tmp_path / "mine.py").write_text("from medvlm.recipes.medvlm_tiny import RECIPE")
+    (tmp_path / "none.py").write_text("RECIPE = 3")
+    assert load(str(tmp_path / "mine.py")).name == "medvlm_tiny"
+    for name, code in ((str(tmp_path / "none.py"), "BAD_RECIPE"), (str(tmp_path / "gone.py"), "BAD_RECIPE"), ("medvlm_tinny", "NO_SUCH_PART"), ("os.path", "NO_SUCH_PART")):
+        with pytest.raises(MedVLMError) as e:
+            load(name)
+        assert e.value.code == code
+
+
+class Small(torch.nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((2,), float(value)))
+
+
+def saved(folder, value):
+    model = Small(value)
+    checkpoint.save(folder, model, torch.optim.AdamW(model.parameters()), {"stage": 0, "step": value})
+
+
+def test_a_crash_at_any_moment_leaves_a_whole_state(tmp_path, monkeypatch):
+    """The save is cut at each of its renames and removals, twice in a row: the state found is whole and never older than the last good one."""
+    saved(tmp_path, 1)
+    real = {"rename": Path.rename, "rmtree": shutil.rmtree, "save_file": checkpoint.save_file}
+    good = 1
+    for value, cut in enumerate([("rename", 1), ("rename", 2), ("rename", 1), ("rmtree", 2), ("save_file", 1), ("rename", 2), ("rmtree", 1), ("rename", 1)], 2):
+        left = [cut[1]]
+
+        def dies(name, left=left, cut=cut):
+            def inner(*a, **k):
+                if name == cut[0]:
+                    left[0] -= 1
+                    if left[0] == 0:
+                        raise KeyboardInterrupt
+                return real[name](*a, **k)
+
+            return inner
+
+        monkeypatch.setattr(Path, "rename", dies("rename"))
+        monkeypatch.setattr(checkpoint.shutil, "rmtree", dies("rmtree"))
+        monkeypatch.setattr(checkpoint, "save_file", dies("save_file"))
+        try:
+            saved(tmp_path, value)
+        except KeyboardInterrupt:
+            pass
+        monkeypatch.undo()
+        found = checkpoint.newest(tmp_path)
+        state = checkpoint.read_state(found)["step"]
+        assert state >= good, (value, cut)
+        model = Small(0)
+        checkpoint.restore(found, model)
+        assert model.weight.tolist() == [float(state)] * 2 and (found / "optimizer.pt").is_file()
+        good = state
+    saved(tmp_path, 99)
+    assert checkpoint.read_state(checkpoint.newest(tmp_path))["step"] == 99 and sorted(p.name for p in tmp_path.iterdir()) == ["last"]
+    assert checkpoint.newest(tmp_path / "nothing") is None
+
+
+def test_a_state_of_another_model_is_refused(tmp_path):
+    saved(tmp_path, 1)
+    for other in (torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False)):
+        with pytest.raises(MedVLMError) as e:
+            checkpoint.restore(checkpoint.newest(tmp_path), other)
+        assert e.value.code == "BAD_CHECKPOINT"
+
+
+def test_the_learning_rate_rises_and_falls():
+    rates = [schedule(s, 100, 10) for s in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 and rates[55] == pytest.approx(0.505, abs=0.001) and 0.01 < rates[99] < 0.02
+    assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+NAN = float("nan")
+
+
+def classified(labels, groups=(("a", "b"),)):
+    """Losses and the gradient at each logit of the head for one picture with these labels (a, b, c, d)."""
+    head = ClassifyHead(4, ("a", "b", "c", "d"), groups, dropout=0.0)
+    features = Features(torch.randn(1, 3, 4), (1, 3), torch.randn(1, 4))
+    model = type("M", (), {"heads": {"classify": head}})()
+    losses = objectives.classify(model, Batch(None, None, None, targets={"labels": torch.tensor([labels])}), Output(None, None, {"picture": features}))
+    if losses:
+        sum(losses.values()).backward()
+    return losses, [0.0] * 4 if head.bias.grad is None else head.bias.grad.tolist()
+
+
+def test_what_is_not_known_teaches_nothing():
+    losses, gradient = classified([NAN, NAN, NAN, 1.0])
+    assert set(losses) == {"labels"} and gradient[:3] == [0, 0, 0] and gradient[3] < 0
+    assert classified([NAN] * 4)[0] == {}
+    assert classified([0.0, NAN, NAN, NAN])[0] == {}  # not a, so b or anything else
+
+
+@pytest.mark.parametrize(("labels", "known"), [([1.0, NAN], 0), ([NAN, 1.0], 1), ([0.0, 1.0], 1)])
+def test_of_an_exclusive_group_the_known_one_is_learnt(labels, known):
+    """argmax over NaN would pick the unknown one."""
+    losses, gradient = classified([*labels, NAN, 0.0])
+    assert set(losses) == {"a", "labels"} and all(v.isfinite() for v in losses.values())
+    assert gradient[known] < 0 < gradient[1 - known] and gradient[2] == 0 and gradient[3] > 0
+
+
+def masked(logits, target, weak, present):
+    logits = torch.tensor(logits, dtype=torch.float32).requires_grad_()
+    count = len(logits)
+    loss = objectives.mask_loss(Masks(logits, torch.zeros(count), torch.zeros(count)), torch.tensor(target, dtype=torch.float32), torch.tensor(weak), torch.tensor(present))
+    loss.backward()
+    return float(loss), logits.grad
+
+
+def test_an_absent_target_gives_no_mask_loss():
+    empty, full = np.zeros((1, 4, 4)), np.ones((1, 4, 4))
+    loss, gradient = masked(full * 3, empty, [False], [0.0])
+    assert loss == 0 and not gradient.any()
+    both, gradient = masked(np.concatenate([full, full * 3]), np.concatenate([full, empty]), [False, False], [1.0, 0.0])
+    assert both == pytest.approx(masked(full, full, [False], [1.0])[0]) and not gradient[1].any() and gradient[0].any()
+
+
+def test_a_box_asks_for_nothing_outside_and_no_shape_inside():
+    target = np.zeros((1, 6, 6))
+    target[0, 1:5, 1:5] = 1
+    plus = np.full((1, 6, 6), -20.0)
+    plus[0, 1:5, 2] = plus[0, 3, 1:5] = 20  # reaches all four sides of the box, fills less than half of it
+    assert masked(plus, target, [True], [1.0])[0] < 0.01 < 0.3 < masked(plus, target, [False], [1.0])[0]
+    beyond = plus.copy()
+    beyond[0, 3, 5] = 20
+    assert masked(beyond, target, [True], [1.0])[0] > 0.3
+    short = np.full((1, 6, 6), -20.0)
+    short[0, 1:3, 1:3] = 20
+    assert masked(short, target, [True], [1.0])[0] > 0.1
+
+
+def test_prompts_lie_on_their_target():
+    target = torch.zeros(3, 32, 32)
+    target[0, 5:9, 20:30] = target[1, 12, 3] = 1  # the third is empty
+    for seed in range(5):
+        torch.manual_seed(seed)
+        boxes, points = objectives.box_prompts(target), objectives.point_prompts(target)
+        assert (boxes[0] - torch.tensor([[5.0, 20.0], [9.0, 30.0]])).abs().max() <= 0.5 and boxes[2].abs().max() <= 34
+        assert 5 <= points[0, 0, 0] < 9 and 20 <= points[0, 0, 1] < 30 and points[1, 0].tolist() == [12, 3]
