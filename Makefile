@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
 BENCH_READY := $(VENV)/.bench-ready
 
-.PHONY: analyze test demo bench lint train clean
+.PHONY: analyze test demo bench lint clean
 
 analyze: $(READY)
 	$(BIN)/medvlm analyze examples/chest-xray/chest-xray.jpg --out out/chest-xray

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from . import __version__
-from .errors import MedVLMError
+from .errors import MedVLMError, UsageError
 
 FAILED = {"CANNOT_WRITE"}
 """Codes that mean the input was good and the work failed (exit status 1)."""
@@ -166,8 +166,11 @@ def segment(args: argparse.Namespace) -> int:
     for result in found:
         ending = ".png" if result.mask.ndim == 2 else ".nii.gz"
         path = out if single else out / (result.label.replace(" ", "-") + ending)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result.save(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            result.save(path)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be written ({error.strerror})", "CANNOT_WRITE") from error
         if args.json:
             print(json.dumps(result.region.to_json(str(path)) | {"voxels": int(result.mask.sum())}))
         else:

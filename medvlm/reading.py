@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .datasets import sentences
 from .errors import MedVLMError, UsageError
 from .imaging import export
 from .imaging.scan import Image, Study
@@ -18,11 +19,11 @@ from .predictors.base import Model, json_ready
 from .sample import NOTICE, Region, Report, rounded
 
 
-def analyze(study: Study, model: Model, out: str | Path, image: str | None = None) -> dict[str, Any]:
+def analyze(study: Study, model: Model, out: str | Path, image: str | None = None, asked: dict[str, Any] | None = None) -> dict[str, Any]:
     """Read a study and write the results into a folder; gives what report.json holds.
 
     Files of an earlier run in ``out`` are replaced, report.json last; anything else in it is left alone.
-    image: id of the only image to read, all of them when None.
+    image: id of the only image to read, all of them when None. asked: how the study was read, kept in the record.
 
     Raises:
         UsageError: CANNOT_WRITE when the folder cannot be made or written.
@@ -36,14 +37,14 @@ def analyze(study: Study, model: Model, out: str | Path, image: str | None = Non
     except OSError as error:
         raise UsageError(f"{out} cannot be written ({error.strerror})", "CANNOT_WRITE") from error
     try:
-        record = _write(study, model, fresh)
+        record = _write(study, model, fresh, asked or {})
         out.mkdir(exist_ok=True)
-        (out / "report.json").unlink(missing_ok=True)  # a folder without it is not whole
-        for old in (*out.glob("preview*.png"), out / "report.md"):
+        for old in _written(out):  # report.json first: a folder without it is not whole
             old.unlink(missing_ok=True)
-        shutil.rmtree(out / "masks", ignore_errors=True)
-        for path in sorted(fresh.iterdir(), key=lambda p: p.name == "report.json"):
-            os.replace(path, out / path.name)
+        for path in sorted((p for p in fresh.rglob("*") if p.is_file()), key=lambda p: p.name == "report.json"):
+            target = out / path.relative_to(fresh)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
     except OSError as error:
         raise UsageError(f"{out} cannot be written ({error.strerror})", "CANNOT_WRITE") from error
     finally:
@@ -60,32 +61,45 @@ def analyze_many(sources: Sequence[str | Path], model: Model, out: str | Path, p
     """
     from .imaging.study import studies
 
+    asked = {"policy": policy, "modality": modality}
     for source in sources:
         try:
             for study in studies(source, policy, modality=modality):
                 folder = Path(out) / study.id
-                if old := _done(folder / "report.json", model):
+                if old := _done(folder / "report.json", model, asked):
                     yield str(source), old
                 elif not study.images:
                     yield str(source), {"study": study.id, "error": next(iter(study.warnings), "EMPTY_FOLDER: it holds no image")}
                 else:
-                    yield str(source), _tried(study, model, folder)
+                    yield str(source), _tried(study, model, folder, asked)
         except MedVLMError as error:
             yield str(source), {"study": None, "error": f"{error.code}: {error.message}"}
 
 
-def _done(path: Path, model: Model) -> dict[str, Any] | None:
-    """The record of a study that this very model has read."""
+def _written(out: Path) -> list[Path]:
+    """The files that an earlier run put into a folder, report.json first; nothing that it does not name itself."""
+    try:
+        record = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        named = {r["mask"] for f in record["findings"] for r in f["regions"]} | {r["mask"] for r in record["structures"]}
+        named |= {i["preview"] for i in record["images"]}
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not one of ours
+        return []
+    inside = [out / n for n in named if n and (out / n).resolve().is_relative_to(out.resolve())]
+    return [out / "report.json", out / "report.md", *inside]
+
+
+def _done(path: Path, model: Model, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of a study that this very model has read with the same arguments."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return record if record["model"] == _made_by(model) else None
+        return record if record["model"] == _made_by(model) and record["asked"] == asked else None
     except (OSError, ValueError, KeyError, TypeError):  # none, or not one of ours
         return None
 
 
-def _tried(study: Study, model: Model, folder: Path) -> dict[str, Any]:
+def _tried(study: Study, model: Model, folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     try:
-        return analyze(study, model, folder)
+        return analyze(study, model, folder, asked=asked)
     except MedVLMError as error:
         return {"study": study.id, "error": f"{error.code}: {error.message}"}
     except Exception as error:  # a foreign text may quote what is inside a patient's file
@@ -96,36 +110,45 @@ def _made_by(model: Model) -> dict[str, Any]:
     return {"name": model.name, "version": model.version, "sha256": model.sha256}
 
 
-def _write(study: Study, model: Model, folder: Path) -> dict[str, Any]:
-    reports = {image.id: (image, model.report(study, image=image.id)) for image in study.images}
+def _write(study: Study, model: Model, folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    reports, failed = {}, []
+    for image in study.images:
+        try:
+            reports[image.id] = (image, model.report(study, image=image.id))
+        except MedVLMError as error:  # pixels are read only now; a damaged image does not lose the others
+            failed.append(error)
+            image.info["warnings"].append(f"{error.code}: {error.message}")
+    if failed and not reports:
+        raise failed[0]
     read = {name: pair for name, pair in reports.items() if pair[1].out_of_scope is None}
-    reasons = list(dict.fromkeys(r.out_of_scope for _, r in reports.values() if r.out_of_scope))
+    reasons = {name: r.out_of_scope for name, (_, r) in reports.items() if r.out_of_scope}
+    previews = {name: "preview.png" if name == next(iter(read)) else f"preview-{name}.png" for name in read}
     findings, said, structures = [], [], []
     for name, (image, report) in read.items():
         paths = _save_masks(folder, image, report)
         offset = len(findings)
         for finding in report.looked_for:
             findings.append({
-                "label": finding.label, "present": finding.present, "probability": rounded(finding.probability),
+                "image": name, "label": finding.label, "present": finding.present, "probability": rounded(finding.probability),
                 "regions": [r.to_json(paths.get(r.label)) for r in finding.regions],
                 "measurements": [{"name": m.name, "value": rounded(m.value), "unit": m.unit} for m in finding.measurements],
             })  # fmt: skip
-        said += [{"section": s.section, "text": s.text, "findings": [offset + k for k in s.findings]} for s in report.sentences]
+        said += [{"image": name, "section": s.section, "text": s.text, "findings": [offset + k for k in s.findings]} for s in report.sentences]
         structures += [r.to_json(paths.get(r.label)) for r in _structures(report)]
-        drawn = _structures(report) + [r for f in report.looked_for if f.present for r in f.regions if r.label == f.label]
-        picture = folder / ("preview.png" if name == next(iter(read)) else f"preview-{name}.png")
-        lines = [(f"{s.text} ({report.looked_for[s.findings[0]].probability:.0%})" if s.findings else s.text, [r.label for r in s.regions])
+        drawn = _structures(report) + [r for f in report.looked_for for r in f.regions if r.label == f.label]
+        lines = [(" ".join([s.text, *(f"({chance(report.looked_for[k].probability)})" for k in s.findings)]), [r.label for r in s.regions])
                  for s in report.sentences]  # fmt: skip
-        export.save_preview(image, drawn, lines, picture, f"{model.name} {model.version}", NOTICE)
-    there = {f["label"] for f in findings if f["present"]}
+        export.save_preview(image, drawn, lines, folder / previews[name], f"{model.name} {model.version}", NOTICE)
+    there = {report.looked_for[k].label for _, report in read.values() for s in report.sentences for k in s.findings
+             if not sentences.denies(s.text)}  # fmt: skip
     absent = list(dict.fromkeys(f["label"] for f in findings if f["label"] not in there))
-    warnings = list(study.warnings) + ([f"NOT_READ: {r}" for r in reasons] if read else [])
+    warnings = list(study.warnings) + ([f"NOT_READ: {r} (image {name})" for name, r in reasons.items()] if read else [])
     record = json_ready({
-        "study": study.id, "model": _made_by(model),
+        "study": study.id, "model": _made_by(model), "asked": asked,
         "images": [{"id": i.id, "modality": i.modality, "size": list(i.shape[1:]), "spacing": i.spacing and [rounded(s, 6) for s in i.spacing],
-                    "warnings": list(i.info["warnings"])} for i in study.images],
+                    "preview": previews.get(i.id), "warnings": list(i.info["warnings"])} for i in study.images],
         "findings": findings, "looked_for_absent": absent, "structures": structures, "sentences": said, "warnings": warnings,
-        "out_of_scope": None if read else "; ".join(reasons) or "the study holds no image", "notice": NOTICE,
+        "out_of_scope": None if read else "; ".join(dict.fromkeys(reasons.values())) or "the study holds no image", "notice": NOTICE,
     })  # fmt: skip
     (folder / "report.md").write_text(markdown(record), encoding="utf-8")
     (folder / "report.json").write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
@@ -165,23 +188,40 @@ def markdown(record: dict[str, Any]) -> str:
         lines.append(f"- {image['id']}: {image['modality']}, {' x '.join(map(str, image['size']))}, {spacing}")
     if record["out_of_scope"]:
         lines += ["", f"**No reading:** {record['out_of_scope']}."]
-    else:
-        lines += ["", "![preview](preview.png)"]
-    for section in ("findings", "impression"):
-        said = [s for s in record["sentences"] if s["section"] == section]
-        if said:
-            lines += ["", f"## {section.title()}", ""]
-            for s in said:
-                places = sorted({r["label"] for k in s["findings"] for r in record["findings"][k]["regions"]})
-                chance = ", ".join(f"{record['findings'][k]['probability']:.0%}" for k in s["findings"])
-                lines.append(f"- {s['text']} (probability of presence {chance}; seen in: {', '.join(places) or 'no outline'})")
-    measured = [(f["label"], m) for f in record["findings"] for m in f["measurements"]]
-    if measured:
-        lines += ["", "## Measurements", ""]
-        lines += [f"- {label}: {m['name']} {m['value']:g}{'' if m['unit'] == '1' else ' ' + m['unit']}" for label, m in measured]
+    read = [i for i in record["images"] if i["preview"]]
+    for image in read:
+        if len(read) > 1:
+            lines += ["", f"# {image['id']}"]
+        lines += ["", f"![outlines on {image['id']}]({image['preview']})"]
+        for section in ("findings", "impression"):
+            said = [s for s in record["sentences"] if s["section"] == section and s["image"] == image["id"]]
+            if said:
+                lines += ["", f"## {section.title()}", "", *[f"- {s['text']} ({_support(record, s)})" for s in said]]
+        measured = [(f["label"], m) for f in record["findings"] if f["image"] == image["id"] for m in f["measurements"]]
+        if measured:
+            lines += ["", "## Measurements", ""]
+            lines += [f"- {label}: {m['name']} {m['value']:g}{'' if m['unit'] == '1' else ' ' + m['unit']}" for label, m in measured]
     if record["warnings"]:
         lines += ["", "## Warnings", "", *[f"- {w}" for w in record["warnings"]]]
     return "\n".join(lines) + "\n"
+
+
+def chance(probability: float | None) -> str:
+    """ "present 12%"; never 0 % or 100 %, which no model can know."""
+    if probability is None or probability != probability:
+        return "chance unknown"
+    return "present " + ("<1%" if probability < 0.01 else ">99%" if probability > 0.99 else f"{probability:.0%}")
+
+
+def _support(record: dict[str, Any], sentence: dict[str, Any]) -> str:
+    """What a sentence rests on: the chance of its finding, and where it was outlined or looked for."""
+    parts = []
+    for k in sentence["findings"]:
+        finding = record["findings"][k]
+        places = [r["label"] for r in finding["regions"]]
+        own = finding["label"] in places
+        parts += [chance(finding["probability"]), "outlined" if own else f"looked for in {' and '.join(places)}" if places else "no outline to look in"]
+    return "; ".join(parts)
 
 
 def spoken(record: dict[str, Any]) -> str:
@@ -190,11 +230,11 @@ def spoken(record: dict[str, Any]) -> str:
         return f"{record['study'] or 'no study'}: {record['error']}"
     if record["out_of_scope"]:
         return f"No reading: {record['out_of_scope']}.\n{record['notice']}"
+    read = [i["id"] for i in record["images"] if i["preview"]]
     lines = []
-    for section in ("findings", "impression"):
-        lines.append(section.upper())
-        for s in (s for s in record["sentences"] if s["section"] == section):
-            chance = ", ".join(f"{record['findings'][k]['probability']:.0%}" for k in s["findings"])
-            places = sorted({r["label"] for k in s["findings"] for r in record["findings"][k]["regions"]})
-            lines.append(f"  {s['text']:<44} {chance:>4}  {', '.join(places)}")
+    for image in read:
+        for section in ("findings", "impression"):
+            lines.append(section.upper() + (f" ({image})" if len(read) > 1 else ""))
+            said = [s for s in record["sentences"] if s["section"] == section and s["image"] == image]
+            lines += [f"  {s['text']:<44} {_support(record, s)}" for s in said]
     return "\n".join([*lines, *[f"warning: {w}" for w in record["warnings"]], record["notice"]])

@@ -180,7 +180,8 @@ class Segmentation:
     """The outline of one target on the image's own grid.
 
     image: the Image or Volume it lies on. mask: bool (H, W) or (D, H, W), all false when the target is absent.
-    present: calibrated probability that the target is there at all.
+    present: calibrated probability that the named target is there at all; for points and boxes, which say that
+    something is there, 1.0, or 0.0 where nothing was drawn.
     """
 
     image: Image | Volume

@@ -10,16 +10,6 @@ import re
 
 STATES = ("present", "possible", "absent")
 SIDES = {"right": "on the right", "left": "on the left", "both": "on both sides"}
-_NEGATION = re.compile(r"\b(no|not|without|absent)\b", re.I)
-_DOUBT = re.compile(r"\b(possible|possibly|may|cannot be excluded)\b", re.I)
-_WORDS = frozenset(
-    "no not there is are a an seen possible possibly may be cannot excluded on the right left both sides side bilateral".split()
-)
-_SIDE = {
-    "right": re.compile(r"\bright\b", re.I),
-    "left": re.compile(r"\bleft\b", re.I),
-    "both": re.compile(r"\b(both|bilateral)\b", re.I),
-}
 
 
 def prompt(label: str, state: str, side: str | None = None) -> str:
@@ -41,12 +31,10 @@ def variants(label: str, state: str, side: str | None = None) -> list[str]:
 
 
 def says(sentence: str, label: str, state: str, side: str | None = None) -> bool:
-    """True when the sentence names this label, with this state and this side, and nothing else at all."""
-    if label.lower() not in sentence.lower():
-        return False
-    rest = re.sub(re.escape(label), " ", sentence, flags=re.I)
-    if not set(re.findall(r"\w+", rest.lower())) <= _WORDS:  # another finding, a place, a comparison with nothing
-        return False
-    if bool(_NEGATION.search(rest)) != (state == "absent") or bool(_DOUBT.search(rest)) != (state == "possible"):
-        return False
-    return {name for name, word in _SIDE.items() if word.search(rest)} == ({side} if side else set())
+    """True when the sentence is one of those that say it; a rewording may hide a second negation or another side."""
+    return sentence in variants(label, state, side)
+
+
+def denies(sentence: str) -> bool:
+    """True for a sentence of :func:`variants` that says "absent"."""
+    return bool(re.match(r"(No|There is no) ", sentence))

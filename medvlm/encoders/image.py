@@ -5,6 +5,7 @@ from __future__ import annotations
 import timm
 from torch import Tensor
 
+from ..errors import ModelError
 from ..preprocess import InputSpec
 from .base import Encoder, Features
 
@@ -30,10 +31,15 @@ def build(
     """A timm model as an encoder.
 
     Args:
-        model: any name of ``timm.list_models()`` whose features can be read level by level.
+        model: any name of ``timm.list_models()`` whose features can be read level by level; never a hub address.
         size: (H, W) of the input, a multiple of the coarsest stride.
         pretrained: fetch timm's weights (needs the network); the default starts from random weights.
         mean, std: per channel, of display values in [0, 1].
+
+    Raises:
+        ModelError: NO_SUCH_PART for a name that timm does not have.
     """
+    if model.split(".")[0] not in timm.list_models():
+        raise ModelError(f"timm has no model {model[:60]!r}", "NO_SUCH_PART", "see timm.list_models()")
     backbone = timm.create_model(model, features_only=True, in_chans=channels, pretrained=pretrained)
     return ImageEncoder(backbone, InputSpec(tuple(size), channels, mean=tuple(mean), std=tuple(std)))

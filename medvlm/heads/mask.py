@@ -1,9 +1,10 @@
 """Masks from points, boxes, rough masks or [SEG] states: segment-anything's prompt encoder and mask decoder.
 
 The two modules are segment-anything's own, so their weights are interchangeable with SAM's. What is added around them:
-a neck that makes one embedding out of an encoder's levels, one map a known label read straight off that embedding while
-training (deep supervision, Lee et al. 2015, arXiv:1409.5185: it makes a decoder without pretrained weights learn), a projection of [SEG] states to prompt tokens (LISA, Lai et
-al. 2023, arXiv:2308.00692, section 3.2), a probability that the target is there, and one image a prompt in a batch.
+a neck that makes one embedding out of an encoder's levels; a coarse map for each label known by name, read straight off
+that embedding (deep supervision, Lee et al. 2015, arXiv:1409.5185: a decoder without pretrained weights hardly learns
+without), from which a prompt that names it starts; a projection of [SEG] states to prompt tokens (LISA, Lai et al. 2023,
+arXiv:2308.00692, section 3.2); a probability that the target is there; and one image a prompt in a batch.
 The only file that knows SAM's (x, y) order.
 """
 
@@ -165,7 +166,7 @@ def build(
 
     level_dims, level_strides: the encoder's. lm_dim: width of the [SEG] states. size: the encoder's input (H, W).
     dim, depth, heads: of the two-way transformer (SAM: 256, 2, 8). stride: of the image embedding (SAM: 16).
-    labels: targets that are known by name while training, () for none.
+    labels: targets that are known by name, () for none.
     """
     grid = (size[0] // stride, size[1] // stride)
     return MaskHead(

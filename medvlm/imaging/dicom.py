@@ -85,7 +85,7 @@ def read_dicom(files: Iterable[Path], policy: str = "strict") -> list[Study]:
             missing; "resample" interpolates onto even spacing. Both say so in the image's warnings.
 
     Each image's ``info`` holds: windows [(centre, width, explanation)], voi_function, voi_lut [{first, bits, values,
-    explanation}], inverted, padding (low, high), laterality, view, body_part, burned_in (True, False, None), frame_of_reference,
+    explanation}], code (Modality), inverted, padding (low, high), laterality, view, body_part, burned_in (True, False, None), frame_of_reference,
     sop and files (one a slice; None for a filled slice), frames (number in its file, from 1), series, series_number,
     patient_position, lossy, phase {attribute: value}, affine (4, 4) of a single slice, filled [slice], tilt, warnings.
     A CT with a rescale has float32 voxels in HU; other values keep the smallest exact type.

@@ -86,6 +86,7 @@ def described(slices: list[Slice], layouts: list[Layout], phase: dict) -> tuple[
     info = {
         "windows": _windows(head, warnings),
         "voi_function": head.text("VOILUTFunction") or None,
+        "code": code if code in MODALITIES else None,
         "inverted": own.photometric == "MONOCHROME1",
         "laterality": head.text("ImageLaterality") or head.text("FrameLaterality") or head.text("Laterality") or None,
         "view": head.text("ViewPosition") or None,

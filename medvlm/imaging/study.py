@@ -152,7 +152,7 @@ class _Batch:
     def _walk(self, folder: Path, typed: str) -> list[tuple[Path, str, bool]]:
         # a DICOMDIR only names files, and here they all are
         files = [p for p in walk(folder, typed) if p.name.upper() != "DICOMDIR"]
-        return [(p, f"file {n} of {len(files)} in name order in {typed}", False) for n, p in enumerate(files, 1)]
+        return [(p, f"file {n} of {len(files)} in name order", False) for n, p in enumerate(files, 1)]
 
     def _sort(self, path: Path, what: str, typed: bool) -> None:
         from . import nifti, raster

@@ -33,9 +33,14 @@ ALIASES = {"heart": "heart and mediastinum", "mediastinum": "heart and mediastin
 JOINED = {"lungs": ("right lung", "left lung"), "both lungs": ("right lung", "left lung")}
 WHERE = {"cardiomegaly": ("heart and mediastinum",), "endotracheal tube": ("airways",), "nasogastric tube": ("heart and mediastinum",)}
 """Structures a finding without an outline of its own was looked for in; the lungs for all others."""
+KINDS = {"pneumonia": ("COVID-19 pneumonia", "bacterial pneumonia")}
 DIAGNOSES = ("COVID-19 pneumonia", "bacterial pneumonia", "pneumonia", "ARDS")
 _CLOSED = re.compile(r"^\s*(is/are|is|are|was|were|do|does|did|has|have|had|can|could|will|would|should|any)\b", re.I)
 _EITHER = re.compile(r"(?<![\w,])([\w'-]+) ([\w-]+) or ((?:(?:an?|the|on|in|at|to|of) )*)([\w-]+)(?: ([\w-]+))?", re.I)
+EXCLUSIVE = tuple(frozenset(pair.split()) for pair in (
+    "pa ap", "left right", "normal abnormal", "male female", "upper lower", "anterior posterior", "unilateral bilateral",
+    "acute chronic", "ct mri", "ct mr", "t1 t2", "axial coronal", "axial sagittal", "frontal lateral"))  # fmt: skip
+"""Pairs of which exactly one holds: only these force a choice; "pneumonia or effusion" may be both or neither."""
 _LEADING = re.compile(r"an?|the|this|on|in|at|to|of|is|are|was|were|\w+'s?", re.I)
 _WHETHER = re.compile(r"\b(any|evidence|there)\b.*\bor\b|\bor (not?)\b|\bor\b.*\b(present|visible|evident|seen|shown)\b", re.I)
 """Questions in which "or" joins what is looked for, so that the answer is yes or no."""
@@ -119,7 +124,7 @@ class NativeModel(Model):
     def segment(self, study, target=None, *, points=None, boxes=None, image=None) -> Segmentation:
         picture = self._readable(study, image)
         if points is not None or boxes is not None:
-            return self._prompted(picture, target or "target", points, boxes)
+            return self._prompted(picture, self._target(target) if target else "target", points, boxes)
         if target is None:
             raise ModelError("nothing to segment was named", "BAD_ARGUMENT", "give a target, points or boxes")
         wanted = JOINED.get(_words(target)) or (self._target(target),)
@@ -150,6 +155,8 @@ class NativeModel(Model):
             return f"{self.name} reads single pictures ({', '.join(self.reads)}), not {image.modality} volumes"
         if image.modality not in (*self.reads, "unknown"):
             return f"{self.name} has not learned to read {image.modality} images (it reads {', '.join(self.reads)})"
+        if image.info.get("code") not in (None, "CR", "DX", "RG"):
+            return f"{self.name} has learned plain chest X-rays only; the header names another kind of X-ray"
         part = str(image.info.get("body_part") or "").upper()
         if part and not re.search(r"CHEST|THORAX|LUNG|RIB|HEART", part):
             return f"{self.name} has learned chest X-rays only; the header names another body part"
@@ -206,7 +213,10 @@ class NativeModel(Model):
         own = outlines.get(label)
         if own is None or not own.mask.any() or not {"right lung", "left lung"} <= outlines.keys() or "tube" in label or "line" in label:
             return None
-        return side_of(own.mask, outlines["right lung"].mask, outlines["left lung"].mask)
+        right, left = outlines["right lung"].mask, outlines["left lung"].mask
+        if not right.any() or not left.any() or 2 * (own.mask & (right | left)).sum() < own.mask.sum():
+            return None  # a side is told only where both lungs are outlined and hold most of the finding
+        return side_of(own.mask, right, left)
 
     def _readable(self, study: Study | str | Path, image: str | None) -> Image:
         picture = pick(study, image, self.reads)
@@ -279,7 +289,11 @@ class NativeModel(Model):
     def _chances(self, picture: Image) -> dict[str, float]:
         name, features, *_ = self._look(picture)
         head = self.vlm.heads["classify"]
-        return dict(zip(head.labels, head.probabilities(head(features[name]))[0].tolist()))
+        chances = dict(zip(head.labels, head.probabilities(head(features[name]))[0].tolist()))
+        for whole, kinds in KINDS.items():
+            if whole in chances:  # a kind of pneumonia is a pneumonia
+                chances[whole] = max([chances[whole], *(chances[k] for k in kinds if k in chances)])
+        return chances
 
     @torch.no_grad()
     def _outline(self, picture: Image, targets: Sequence[str]) -> list[Segmentation]:
@@ -315,7 +329,7 @@ class NativeModel(Model):
         head = self.vlm.heads["mask"]
         drawn = head.decode(embedding, _prompts(1, device, **prompt))
         mask = (frame.map_to_image(drawn.logits)[0] > 0).cpu().numpy()
-        return Segmentation(picture, label, mask, float(head.probability(drawn.present)[0]))
+        return Segmentation(picture, label, mask, float(mask.any()))
 
 
 def _prompts(count: int, device, **given):
@@ -345,10 +359,10 @@ def choices_of(question: str) -> tuple[str, ...] | None:
         return None
     before, first, article, second, after = either.groups()
     if after and first.lower() == after.lower():  # "left side or right side"
-        return before, second
-    if after and article and not _LEADING.fullmatch(before):
+        first = before
+    elif after and article and not _LEADING.fullmatch(before):
         return None
-    return first, second
+    return (first, second) if frozenset((first.lower(), second.lower())) in EXCLUSIVE else None
 
 
 def cardiothoracic_ratio(outlines: Mapping[str, Segmentation]) -> float | None:

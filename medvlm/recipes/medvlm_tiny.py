@@ -72,8 +72,9 @@ def samples(data: Path, name: str, split: str) -> Iterator[Sample]:
             if row["modality"] == "ct_or_mr":
                 continue
             (image,) = manifest.open_images(row)
-            outlines = manifest.read_masks(row, image) if name == "xray_covid" else []
-            yield from instruct.conversations(row if name in ("xray_covid", "vqa_rad") else {**row, "boxes": [], "mask": None}, image, outlines, TARGETS)
+            mine = row["modality"] == "xray"  # of other pictures only the kind is learnt, and that no target is there
+            outlines = manifest.read_masks(row, image) if mine else []
+            yield from instruct.conversations(row if mine else {**row, "boxes": [], "mask": None}, image, outlines, TARGETS)
 
 
 def _slices(row) -> Iterator[Sample]:
@@ -113,6 +114,8 @@ def calibrate(model, tokenizer, val: list[Sample]) -> dict:
             rows.setdefault(str(sample.meta["row"]), []).append(sample)
     for group in rows.values():
         (picture,) = group[0].images.values()
+        if picture.modality not in reader.reads:  # never asked about, so no part of what is calibrated
+            continue
         name, features, *_ = reader._look(picture)
         with torch.no_grad():
             logits = head(features[name])[0].tolist()

@@ -99,14 +99,19 @@ def train(recipe, data: str | Path, out: str | Path, resume: bool = False, seed:
 
 
 def save_model(model: MedVLM, tokenizer, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """The model and its tokenizer as a folder that ``medvlm.load`` and ``MedVLM.from_pretrained`` read."""
+    """The model and its tokenizer as a folder that ``medvlm.load`` and ``MedVLM.from_pretrained`` read, whole or not at all."""
     import copy
+    import shutil
 
     model = copy.deepcopy(model)
     for parameter in model.parameters():  # buffers (rotary frequencies, running variances) need their full precision
         parameter.data = parameter.data.to(dtype)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
 
 
 class _Stage:
