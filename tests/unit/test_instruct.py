@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medvlm.datasets import instruct, manifest, sentences
-from medvlm.datasets.instruct import conversations, describe, fact_of, facts, restructured, side_of
+from medvlm.datasets.instruct import conversations, describe, fact_of, facts, side_of
 from medvlm.imaging.scan import Image
 from medvlm.recipes import medvlm_tiny as recipe
 from medvlm.sample import Mask
