@@ -116,6 +116,18 @@ def test_rows_may_share_an_image(model, tok):
     torch.testing.assert_close(out[1], model(batch(model, tok, [asked("no", "no")], seed=1)).logits[0, : out.shape[1]], rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_mask_is_prompted_by_the_state_that_predicts_it_and_the_words_that_ask(model, tok):
+    given = batch(model, tok, [asked("yes", "no"), asked("no yes", SEG)])
+    out = model(given)
+    ((row, column),) = given.seg.tolist()
+    states = model.seg_states(given, out)
+    words = tok("no yes", add_special_tokens=False)["input_ids"]
+    assert row == 1 and states.shape == (1, 2, 32) and given.ids[row][given.seg_words[0]].tolist() == words
+    torch.testing.assert_close(states[0, 0], out.hidden[row, column - 1])
+    torch.testing.assert_close(states[0, 1], model.lm.get_input_embeddings()(torch.tensor(words)).mean(0))
+
+
 def test_every_parameter_learns(tok):
     model = tiny.model(tok).train()
     for module in model.modules():  # timm starts each residual branch at zero, which hides what lies behind it for one step
