@@ -358,7 +358,7 @@ def masked(logits, target, weak, present):
     count = len(logits)
     loss = objectives.mask_loss(Masks(logits, torch.zeros(count), torch.zeros(count)), torch.tensor(target, dtype=torch.float32), torch.tensor(weak), torch.tensor(present))
     loss.backward()
-    return float(loss), logits.grad
+    return float(loss.detach()), logits.grad
 
 
 def test_an_absent_target_gives_no_mask_loss():
