@@ -64,7 +64,7 @@ def save_preview(image: Image | Volume, regions: Sequence, sentences: Sequence[t
         lines += [(title, bold, [], 0), ("", font, [], 0)]
     for region in regions:
         state = "absent" if region.mask is not None and not region.mask.any() else ""
-        chance = "" if region.probability is None else f"{region.probability:.0%} present"
+        chance = "" if region.probability is None else f"{min(max(region.probability, 0.01), 0.99):.0%} present"
         note = ", ".join(t for t in (state, chance) if t)
         lines.append((region.label + (f"  ({note})" if note else ""), font, [] if state else [region.label], 0))
     if sentences:

@@ -305,7 +305,7 @@ class NativeModel(Model):
         known = torch.tensor([head.labels.index(t) if t in head.labels else -1 for t in targets], device=self.vlm.device)
         drawn = head.decode(embedding, _prompts(len(targets), self.vlm.device, tokens=self.vlm.seg_states(batch, out), named=known))
         chances = head.probability(drawn.present).tolist()
-        masks = [(frame.map_to_image(each[None])[0] > 0).cpu().numpy() for each in drawn.logits]  # one native grid at a time
+        masks = [(frame.map_to_image(_even(each[None]))[0] > 0).cpu().numpy() for each in drawn.logits]  # one native grid at a time
         return [Segmentation(picture, t, m if c >= PRESENT else np.zeros_like(m), c) for t, m, c in zip(targets, masks, chances)]
 
     @torch.no_grad()
@@ -328,8 +328,13 @@ class NativeModel(Model):
             prompt["boxes"] = torch.tensor(frame.to_input(corners), device=device).float()[None]
         head = self.vlm.heads["mask"]
         drawn = head.decode(embedding, _prompts(1, device, **prompt))
-        mask = (frame.map_to_image(drawn.logits)[0] > 0).cpu().numpy()
+        mask = (frame.map_to_image(_even(drawn.logits))[0] > 0).cpu().numpy()
         return Segmentation(picture, label, mask, float(mask.any()))
+
+
+def _even(logits: torch.Tensor) -> torch.Tensor:
+    """(P, h, w) averaged over 3 x 3: the decoder's transposed convolutions leave a checkerboard along the edges."""
+    return torch.nn.functional.avg_pool2d(logits[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
 
 
 def _prompts(count: int, device, **given):
