@@ -45,29 +45,29 @@ def main():
         report = model.report(Study(row["id"], None, (image,)))
         facts.append(instruct.facts(row))
         patients.append(row["patient"])
-        if report.out_of_scope:
-            refused += 1
-            chances.append({})
-            print("refused:", row["id"], report.out_of_scope)
-            continue
-        chances.append({f.label: f.probability for f in report.looked_for})
         native = {m.label: m.array for m in manifest.read_masks(row, image)}
+        if report.out_of_scope:  # a refusal is an answer that finds nothing: it stays in every denominator
+            refused += 1
+            print("refused:", row["id"], report.out_of_scope)
+        chances.append({f.label: f.probability for f in report.looked_for} or dict.fromkeys(model.findings, 0.0))
         if native:
-            found = {n: model.segment(Study(row["id"], None, (image,)), target).mask for n, target in LUNGS.items()}
+            empty = np.zeros(image.shape[1:], bool)
+            found = {n: empty if report.out_of_scope else model.segment(Study(row["id"], None, (image,)), target).mask for n, target in LUNGS.items()}
             per_image.append({"id": row["id"], "patient": row["patient"]} | {n: dice(found[n], native[n]) for n in LUNGS if n in native})
-            if drawn < args.overlays:
+            if drawn < args.overlays and not report.out_of_scope:
                 from medvlm.reading import analyze
 
                 analyze(Study(row["id"], None, (image,)), model, args.out / f"overlay-{drawn}")
                 drawn += 1
     unet = json.loads(args.unet.read_text())[args.split] if args.unet else []
+    patient_of = {row["id"]: row["patient"] for row in rows}
     for name, target in LUNGS.items():
         for who, table in (("medvlm-tiny", per_image), ("MONAI U-Net, 20 minutes", unet)):
             kept = [r for r in table if name in r]
             if kept:
-                scores.append(mean_score("Dice", [r[name] for r in kept], [r["id"] for r in kept], slice=f"{target}, {who}", convention="native grid"))
+                scores.append(mean_score("Dice", [r[name] for r in kept], [patient_of[r["id"]] for r in kept], slice=f"{target}, {who}", convention="native grid"))
     for who, table in (("medvlm-tiny", per_image), ("MONAI U-Net, 20 minutes", unet)):
-        values = [(r[n], r["id"]) for r in table for n in ("right_lung", "left_lung") if n in r]
+        values = [(r[n], patient_of[r["id"]]) for r in table for n in ("right_lung", "left_lung") if n in r]
         if values:
             scores.append(mean_score("Dice", [v for v, _ in values], [c for _, c in values], slice=f"both lungs, {who}", convention="native grid"))
     for finding in model.findings:

@@ -538,8 +538,10 @@ def _said_on(status, besides: dict | None = None) -> Callable:
     def wrap(handler: Callable) -> Callable:
         @functools.wraps(handler)
         def guarded(*args: Any):
+            import gradio
+
             try:
-                return handler(*args)
+                return handler(*args) or gradio.skip()  # an empty dict is no answer to gradio
             except MedVLMError as error:
                 return {**(besides or {}), status: viewer.alarm(str(error))}
             except Exception as error:

@@ -466,5 +466,6 @@ def test_the_bundled_model_reads_the_examples(browser, tmp_path):
         finally:
             served.send_signal(signal.SIGTERM)
             _, complaints = served.communicate(timeout=30)
-    assert served.returncode == 0 and "Traceback" not in complaints
+    assert served.returncode == 0
+    assert "Traceback" not in complaints, complaints
     assert not list(tmp_path.glob("medvlm-*"))  # nothing stays behind
