@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .errors import ModelError
-from .sample import IMAGE_MARK, Sample, Turn
+from .sample import IMAGE_MARK, SEG, Sample, Turn
 
-IMAGE, SEG, END, PAD = "<|image|>", "<|seg|>", "<|end|>", "<|pad|>"
+IMAGE, END, PAD = "<|image|>", "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"

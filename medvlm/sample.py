@@ -17,6 +17,8 @@ from .errors import UsageError
 from .imaging.scan import Image, Volume
 
 NOTICE = "Research use only. Not a medical device; not for diagnosis."
+SEG = "<|seg|>"
+"""In an answer: a mask is meant here."""
 IMAGE_MARK = "<|image:{}|>"
 """Where an image stands in the text of a turn; an image without a mark stands before the first turn."""
 

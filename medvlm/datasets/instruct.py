@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ..sample import Mask, Region, Sample, Turn
+from ..sample import SEG, Mask, Region, Sample, Turn
 from . import sentences
 
-SEG = "<|seg|>"
 WORDS = {
     "cardiomediastinum": "heart and mediastinum", "ground_glass_opacities": "ground-glass opacity",
     "monitoring_probes": "monitoring leads", "covid-19": "COVID-19 pneumonia", "ards": "ARDS", "vessel": "vessels",

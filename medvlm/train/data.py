@@ -6,7 +6,7 @@ changed after they lie in [0, 1].
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from ..datasets.instruct import known
 from ..language import Batch, Encoded, collate, encode
 from ..preprocess import to_tensor
-from ..sample import Sample
+from ..sample import SEG, Sample
 from ..vlm import MedVLM
 
 
@@ -52,7 +52,7 @@ class Case:
 
 
 def prepare(model: MedVLM, tokenizer, samples: Sequence[Sample]) -> list[Case]:
-    """Samples grouped by picture; text-only samples become one case each 16 conversations."""
+    """Samples grouped by picture; the text-only samples of a row make one case."""
     groups: dict[tuple, list[Sample]] = defaultdict(list)
     for sample in samples:
         key = (sample.meta.get("row"), *sample.images)
@@ -73,7 +73,7 @@ def prepare(model: MedVLM, tokenizer, samples: Sequence[Sample]) -> list[Case]:
         for sample in members:
             target = None
             for area in (*sample.masks, *sample.regions):
-                if "<|seg|>" not in (sample.answer or ""):
+                if SEG not in (sample.answer or ""):
                     break
                 box = getattr(area, "box", None)
                 array = _raster(box, image.shape[1:]) if box is not None else area.array
@@ -124,7 +124,8 @@ def draw(cases: Sequence[Case], tokenizer, rng: np.random.Generator, turns: int,
     labels, rows, places, masks, weak, present, drawn = [], [], [], [], [], [], []
     for case in cases:
         weights = np.array([kinds.get(t.kind, 1.0) for t in case.turns])
-        weights = weights / np.maximum(1, [sum(o.kind == t.kind for o in case.turns) for t in case.turns])
+        often = Counter(t.kind for t in case.turns)
+        weights = weights / np.array([often[t.kind] for t in case.turns])
         count = min(turns, int((weights > 0).sum()))
         chosen = rng.choice(len(case.turns), size=count, replace=False, p=weights / weights.sum()) if count else []
         slot = None

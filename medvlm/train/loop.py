@@ -52,7 +52,8 @@ def train(recipe, data: str | Path, out: str | Path, resume: bool = False, seed:
     accelerator = Accelerator(mixed_precision=precision, cpu=device == "cpu" or not torch.cuda.is_available())
     torch.manual_seed(seed)
 
-    samples = {name: list(recipe.samples(data, name, "train")) for stage in recipe.stages for name in stage.data}
+    sets = dict.fromkeys(name for stage in recipe.stages for name in stage.data)  # once each, however many stages use it
+    samples = {name: list(recipe.samples(data, name, "train")) for name in sets}
     if not any(samples.values()):
         raise ModelError(f"{data} holds no training samples of {', '.join(samples)}", "BAD_RECIPE", "check --data")
     if resume and (out / "tokenizer").exists():
