@@ -42,6 +42,7 @@ _ASKED = {
 }
 _HEALTHY = re.compile(r"\b(is|are)\b.*\b(this|the) (image|chest x-ray|film|lungs?|x ray)( study)? normal|is this a normal", re.I)
 _ABNORMAL = re.compile(r"(any|there) (intraparenchymal )?abnormalit|is (this|the) (image|film) abnormal|anything abnormal", re.I)
+_ONLY_A_PART = re.compile(r"\b(size|shape|aort\w*|heart|upper|lower|base|bases|ap[ei]x|hil\w+|ribs?|bones?|mediastin\w+)\b", re.I)
 
 
 def word(name: str) -> str:
@@ -79,6 +80,8 @@ def fact_of(question: str, answer: str) -> dict[str, float]:
     if yes is None or re.search(r"\b(left|right|bilateral|confined|lobe)\b", question, re.I):
         return {}
     if _HEALTHY.search(question) or _ABNORMAL.search(question):
+        if _ONLY_A_PART.search(question):  # "Are the lungs normal size?" says nothing of what is in them
+            return {}
         if yes == (1.0 if _HEALTHY.search(question) else 0.0):
             return dict.fromkeys((*ANNOTATED[:4], "pneumonia", "COVID-19 pneumonia"), 0.0)
         return {}

@@ -155,9 +155,9 @@ RECIPE = Recipe(
     samples=samples,
     tokenizer=tokenizer,
     stages=(
-        Stage("see", "lm+mask+classify", EVERYTHING, PICTURES, lr=8e-4, steps=1400, batch=16, turns=4,
+        Stage("see", "lm+mask+classify", EVERYTHING, PICTURES, lr=8e-4, steps=1350, batch=16, turns=4,
               kinds={"segment": 4.0, "asked": 1.0, "finding": 1.0, "describe": 0.3, "modality": 0.5, "view": 0.5}, augment=1.0, warmup=100),
-        Stage("speak", "lm+mask+classify", EVERYTHING, {**PICTURES, "report_iu": 6.0}, lr=5e-4, steps=600, batch=16, turns=5,
+        Stage("speak", "lm+mask+classify", EVERYTHING, {**PICTURES, "report_iu": 6.0}, lr=5e-4, steps=450, batch=16, turns=5,
               kinds={"segment": 5.0, "asked": 2.0, "finding": 1.5, "describe": 1.0, "modality": 0.5, "view": 0.5, "text": 1.0},
               augment=0.7, warmup=30),
     ),

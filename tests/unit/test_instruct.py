@@ -30,6 +30,10 @@ from medvlm.sample import Mask
         ("Is there a fracture?", "yes", {}),
         ("Is this image normal?", "no", {}),  # abnormal, but nobody says how
         ("Is this image abnormal?", "yes", {}),
+        ("Are there any abnormalities with the shape of the aortic arch?", "no", {}),  # of one part only
+        ("Is/Are the lungs normal size?", "yes", {}),
+        ("Is there anything abnormal about the heart size?", "no", {}),
+        ("Is/Are there abnormalities in the patient's lower lung?", "no", {}),
     ],
 )
 def test_what_one_question_tells(question, answer, fact):
