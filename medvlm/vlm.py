@@ -39,11 +39,12 @@ class MedVLMConfig(PretrainedConfig):
 
 @dataclass
 class Output:
-    """logits (B, T, V), hidden (B, T, lm_dim), features {encoder: Features}."""
+    """logits (B, K, V) of the columns ``at`` (K,), all of them unless asked; hidden (B, T, lm_dim); features {encoder: Features}."""
 
     logits: Tensor
     hidden: Tensor
     features: dict[str, Features]
+    at: Tensor
 
 
 class MedVLM(PreTrainedModel, GenerationMixin):
@@ -81,8 +82,7 @@ class MedVLM(PreTrainedModel, GenerationMixin):
 
     def count(self, name: str) -> int:
         """Placeholder tokens that an image of this encoder takes."""
-        encoder = self.encoders[name]
-        return self.projectors[name].count(tuple(s // encoder.stride for s in encoder.spec.size))
+        return self.projectors[name].count(self.encoders[name].grid())
 
     def encode(self, images: Mapping[str, Tensor]) -> dict[str, Features]:
         """{encoder: (K, C, *size) in [0, 1]} -> its features."""
@@ -102,13 +102,20 @@ class MedVLM(PreTrainedModel, GenerationMixin):
             raise ModelError(f"the text holds {int(where.sum())} image placeholders but the images give {len(tokens)} tokens", "PLACEHOLDERS")
         return embeds.masked_scatter(where[..., None], tokens.to(embeds.dtype))
 
-    def forward(self, batch: Batch, features: Mapping[str, Features] | None = None) -> Output:
-        """Logits and hidden states of a batch; ``features`` of its images when they are known already."""
+    def forward(self, batch: Batch, features: Mapping[str, Features] | None = None, labelled: bool = False) -> Output:
+        """Logits and hidden states of a batch; ``features`` of its images when they are known already.
+
+        labelled: logits only at columns that predict a label in some row; elsewhere nobody reads them while training.
+        """
         features = self.encode(batch.images) if features is None else features
+        at = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+        if labelled:
+            at = at[:-1][(batch.labels[:, 1:] >= 0).any(0)]
         out = self.lm(
-            inputs_embeds=self.splice(batch.ids, features, batch.order), attention_mask=batch.attention, output_hidden_states=True
-        )
-        return Output(out.logits, out.hidden_states[-1], dict(features))
+            inputs_embeds=self.splice(batch.ids, features, batch.order), attention_mask=batch.attention, output_hidden_states=True,
+            logits_to_keep=at if labelled else 0,
+        )  # fmt: skip
+        return Output(out.logits, out.hidden_states[-1], dict(features), at)
 
     @torch.no_grad()
     def generate(self, batch: Batch, features: Mapping[str, Features] | None = None, max_new_tokens: int = 64, **options):

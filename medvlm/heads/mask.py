@@ -29,7 +29,8 @@ class Prompts:
     image: (P,) index into the batch. points: (P, Q, 2) pixel centres (h, w) of the encoder's input, labels (P, Q) with
     1 on the target, 0 off it, -1 padding. boxes: (P, 2, 2) lower and upper corner (h, w). masks: (P, 1, h, w) logits at
     ``4 x`` the embedding's grid. tokens: (P, L, lm_dim) [SEG] states. named: (P,) index into the head's labels, -1 for
-    targets it does not know by name; a known one starts from its own coarse map.
+    targets it does not know by name; a known one starts from its own coarse map. draw: (P,) bool, False where only the
+    presence is wanted.
     """
 
     image: Tensor
@@ -39,10 +40,12 @@ class Prompts:
     masks: Tensor | None = None
     tokens: Tensor | None = None
     named: Tensor | None = None
+    draw: Tensor | None = None
 
 
 class Masks(NamedTuple):
-    """logits: (P, h, w) over the whole input at the head's stride. quality: (P,) predicted IoU. present: (P,) logits."""
+    """logits: (P, h, w) over the whole input at the head's stride, of the prompts that ``draw`` keeps only. quality: (P,)
+    predicted IoU. present: (P,) logits."""
 
     logits: Tensor
     quality: Tensor
@@ -80,8 +83,11 @@ class MaskHead(nn.Module):
         if coarse is not None:
             known = (prompts.named >= 0)[:, None, None, None]
             dense = torch.where(known, self.prompt_encoder.mask_downscaling(coarse), dense)
-        masks, quality, token = decode(self.decoder, embedding[prompts.image], self._positions(embedding), sparse, dense)
-        logits = masks[:, 0] if coarse is None else masks[:, 0] + coarse[:, 0] * known[:, 0]
+        masks, quality, token = decode(self.decoder, embedding[prompts.image], self._positions(embedding), sparse, dense, prompts.draw)
+        logits = masks[:, 0]
+        if coarse is not None:
+            start = coarse[:, 0] * known[:, 0]
+            logits = logits + (start if prompts.draw is None else start[prompts.draw])
         return Masks(logits, quality[:, 0], self.presence(token)[:, 0])
 
     def _coarse(self, embedding: Tensor, prompts: Prompts) -> Tensor | None:
@@ -112,11 +118,11 @@ class MaskHead(nn.Module):
         return sparse, dense
 
 
-def decode(decoder: MaskDecoder, embedding: Tensor, positions: Tensor, sparse: Tensor, dense: Tensor):
+def decode(decoder: MaskDecoder, embedding: Tensor, positions: Tensor, sparse: Tensor, dense: Tensor, draw: Tensor | None = None):
     """segment-anything's decoder with one image embedding a prompt, which its own ``forward`` cannot take.
 
-    embedding, dense: (P, C, h, w). positions: (1, C, h, w). sparse: (P, N, C).
-    Returns mask logits (P, M, 4h, 4w), predicted IoU (P, M) and the quality token's state (P, C).
+    embedding, dense: (P, C, h, w). positions: (1, C, h, w). sparse: (P, N, C). draw: (P,) bool of the masks wanted.
+    Returns mask logits (P or those to draw, M, 4h, 4w), predicted IoU (P, M) and the quality token's state (P, C).
     Source: facebookresearch/segment-anything, modeling/mask_decoder.py (MaskDecoder.predict_masks).
     """
     count = len(sparse)
@@ -124,10 +130,9 @@ def decode(decoder: MaskDecoder, embedding: Tensor, positions: Tensor, sparse: T
     states, source = decoder.transformer(
         embedding + dense, positions.expand(count, -1, -1, -1), torch.cat([learned, sparse.to(learned.dtype)], 1)
     )
-    wide = decoder.output_upscaling(source.transpose(1, 2).unflatten(2, embedding.shape[2:]))
-    kernels = torch.stack(
-        [mlp(states[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1
-    )
+    shown = slice(None) if draw is None else draw
+    wide = decoder.output_upscaling(source[shown].transpose(1, 2).unflatten(2, embedding.shape[2:]))
+    kernels = torch.stack([mlp(states[shown, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1)
     masks = torch.einsum("pmc,pchw->pmhw", kernels, wide)
     return masks, decoder.iou_prediction_head(states[:, 0]), states[:, 0]
 

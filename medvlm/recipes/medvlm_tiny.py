@@ -49,7 +49,7 @@ def model(tokenizer, size: int = 256, backbone: str = "regnety_004", dim: int = 
             "language": {"lm": {"file": "language", "args": {
                 "model_type": "llama", "hidden_size": dim, "intermediate_size": dim * 3, "num_hidden_layers": layers,
                 "num_attention_heads": dim // 32, "num_key_value_heads": dim // 32, "max_position_embeddings": 1024,
-                "vocab_size": len(tokenizer), "tie_word_embeddings": True, "attention_dropout": 0.1,
+                "vocab_size": len(tokenizer), "tie_word_embeddings": True, 
                 "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None,
             }}},
         },
@@ -155,9 +155,9 @@ RECIPE = Recipe(
     samples=samples,
     tokenizer=tokenizer,
     stages=(
-        Stage("see", "lm+mask+classify", EVERYTHING, PICTURES, lr=8e-4, steps=1350, batch=16, turns=4,
+        Stage("see", "lm+mask+classify", EVERYTHING, PICTURES, lr=8e-4, steps=1000, batch=16, turns=3,
               kinds={"segment": 4.0, "asked": 1.0, "finding": 1.0, "describe": 0.3, "modality": 0.5, "view": 0.5}, augment=1.0, warmup=100),
-        Stage("speak", "lm+mask+classify", EVERYTHING, {**PICTURES, "report_iu": 6.0}, lr=5e-4, steps=450, batch=16, turns=5,
+        Stage("speak", "lm+mask+classify", EVERYTHING, {**PICTURES, "report_iu": 6.0}, lr=5e-4, steps=400, batch=16, turns=4,
               kinds={"segment": 5.0, "asked": 2.0, "finding": 1.5, "describe": 1.0, "modality": 0.5, "view": 0.5, "text": 1.0},
               augment=0.7, warmup=30),
     ),

@@ -142,7 +142,7 @@ class _Stage:
                 module.eval()
 
     def losses(self, batch):
-        out = self.model(batch)
+        out = self.model(batch, labelled=True)
         return {name: value for objective in self.objectives for name, value in objective(self.accelerator.unwrap_model(self.model), batch, out).items()}
 
     def steps(self, start: int):
@@ -175,7 +175,7 @@ class _Stage:
                 bar.set_postfix(mean | {"images/s": round(rate, 1)})
                 self.write(step, split="train", lr=self.optimizer.param_groups[0]["lr"], rate=round(rate, 2), skipped=skipped, **mean)
                 total.clear()
-            if step % 200 == 199 or step + 1 == stage.steps:
+            if step % 250 == 249 or step + 1 == stage.steps:
                 self.write(step, split="val", **self.validate())
             yield step
 

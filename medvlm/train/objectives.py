@@ -6,15 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..heads.mask import Masks, Prompts
+from ..heads.mask import Prompts
 from ..language import Batch
 from ..vlm import MedVLM, Output
 
 
 def lm(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     """Cross-entropy on the answers' tokens only, averaged over them."""
-    labels = batch.labels[:, 1:].flatten()
-    return {"lm": F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), labels, ignore_index=-100)}
+    labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100)[:, out.at]
+    told = labels >= 0
+    return {"lm": F.cross_entropy(out.logits[told].float(), labels[told])}
 
 
 def mask(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
@@ -32,16 +33,16 @@ def mask(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     embedding = head.embed(features)
     index = torch.tensor([k for _, k in batch.seg_image], device=batch.ids.device)
     target, weak, present, label = (batch.targets[k] for k in ("mask", "weak", "present", "label"))
-    drawn = head.decode(embedding, Prompts(index, tokens=model.seg_states(batch, out), named=label))
-    losses = {
-        "mask": mask_loss(drawn, target, weak, present),
-        "present": F.binary_cross_entropy_with_logits(drawn.present.float(), present),
-    }
-    named = (label >= 0) & present.bool()
+    shown = present.bool()
+    drawn = head.decode(embedding, Prompts(index, tokens=model.seg_states(batch, out), named=label, draw=shown))
+    losses = {"present": F.binary_cross_entropy_with_logits(drawn.present.float(), present)}
+    if not shown.any():
+        return losses
+    losses["mask"] = mask_loss(drawn.logits, drawn.quality[shown], target[shown], weak[shown])
+    named = (label >= 0) & shown
     if head.dense is not None and named.any():
-        maps = Masks(head.dense(embedding)[index[named], label[named]], drawn.quality[named].detach(), drawn.present[named])
-        losses["dense"] = mask_loss(maps, target[named], weak[named], present[named])
-    clicked = (present.bool() & ~weak).nonzero()[:, 0]
+        losses["dense"] = mask_loss(head.dense(embedding)[index[named], label[named]], None, target[named], weak[named])
+    clicked = (shown & ~weak).nonzero()[:, 0]
     if len(clicked):
         boxes, points = box_prompts(target[clicked]), point_prompts(target[clicked])
         ones = torch.ones(len(clicked), 1, dtype=torch.long, device=index.device)
@@ -50,21 +51,25 @@ def mask(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
             (clicked[half:], Prompts(index[clicked[half:]], points=points[half:], labels=ones[half:])),
             (clicked[:half], Prompts(index[clicked[:half]], boxes=boxes[:half])),
         ]
-        shown = [mask_loss(head.decode(embedding, p), target[i], weak[i], present[i]) for i, p in parts if len(i)]
-        losses["prompted"] = torch.stack(shown).mean() * 0.5
+        prompted = [(head.decode(embedding, p), i) for i, p in parts if len(i)]
+        losses["prompted"] = torch.stack([mask_loss(d.logits, d.quality, target[i], weak[i]) for d, i in prompted]).mean() * 0.5
     return losses
 
 
-def mask_loss(drawn: Masks, target: Tensor, weak: Tensor, present: Tensor) -> Tensor:
-    """Mean over the prompts whose target is there of the loss of one mask; see :func:`mask`. target: (S, h, w) at any multiple of the logits' size."""
-    logits = drawn.logits.float()
+def mask_loss(logits: Tensor, quality: Tensor | None, target: Tensor, weak: Tensor) -> Tensor:
+    """Mean over the masks drawn of each one's loss, and of the error of its predicted IoU; see :func:`mask`.
+
+    logits: (S, h, w). target: (S, H, W) at any multiple of it. weak: (S,).
+    """
+    logits = logits.float()
     target = F.adaptive_avg_pool2d(target[:, None].float(), logits.shape[1:])[:, 0]
     chance = logits.sigmoid()
     exact = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2)) + dice_loss(chance, target)
     outside = (F.binary_cross_entropy_with_logits(logits, torch.zeros_like(target), reduction="none") * (1 - target)).mean((1, 2))
     shadow = sum(dice_loss(chance.amax(axis)[:, None], target.amax(axis)[:, None]) for axis in (1, 2))
-    quality = F.mse_loss(drawn.quality.float(), overlap(logits.detach() > 0, target > 0.5), reduction="none")
-    return (torch.where(weak, outside + 0.5 * shadow, exact + 0.1 * quality) * present).sum() / present.sum().clamp(min=1)
+    if quality is not None:
+        exact = exact + 0.1 * F.mse_loss(quality.float(), overlap(logits.detach() > 0, target > 0.5), reduction="none")
+    return torch.where(weak, outside + 0.5 * shadow, exact).mean()
 
 
 def dice_loss(chance: Tensor, target: Tensor) -> Tensor:

@@ -90,6 +90,16 @@ def test_words_are_more_prompt_tokens():
 
 
 @torch.no_grad()
+def test_what_need_not_be_drawn_changes_nothing_else():
+    made, image = head(), embedding(2)
+    given = dict(image=torch.tensor([1, 0, 1]), tokens=torch.randn(3, 2, 24, generator=torch.Generator().manual_seed(3)))
+    keep = torch.tensor([True, False, True])
+    every, some = made.decode(image, heads.Prompts(**given)), made.decode(image, heads.Prompts(**given, draw=keep))
+    torch.testing.assert_close(some.logits, every.logits[keep], rtol=0, atol=1e-5)
+    assert torch.equal(some.present, every.present) and torch.equal(some.quality, every.quality)
+
+
+@torch.no_grad()
 def test_an_input_of_another_size_still_gives_masks_over_all_of_it():
     made = head()
     for size in ((32, 32), (128, 64)):
