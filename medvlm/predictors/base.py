@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,13 +73,16 @@ class Model:
                 result = Prediction(sample.id, "", min(s.present for s in found),
                                     masks=tuple(Mask(s.image.id, s.label, s.mask) for s in found))  # fmt: skip
             else:
-                answer = self.ask(study, sample.question)
-                result = Prediction(sample.id, answer.text, answer.probability, answer.choices, answer.regions)
+                result = self._answer(sample)
         except MedVLMError as error:
             result = Prediction(sample.id, error=f"{error.code}: {error.message}")
         except Exception as error:  # one bad item must not lose the others; a foreign text may quote the patient's file
             result = Prediction(sample.id, error=f"INTERNAL: {type(error).__name__}")
         return Prediction(**{**vars(result), "seconds": time.perf_counter() - began})
+
+    def _answer(self, sample: Sample) -> Prediction:
+        answer = self.ask(Study(sample.id, sample.patient, tuple(sample.images.values())), sample.question)
+        return Prediction(sample.id, answer.text, answer.probability, answer.choices, answer.regions)
 
     def _cannot(self, verb: str) -> ModelError:
         able = [v for v in ("ask", "report", "segment", "ground", "classify", "embed") if getattr(type(self), v) is not getattr(Model, v)]
@@ -115,6 +119,107 @@ def check_question(question: str) -> str:
     if len(question) > QUESTION_LIMIT:
         raise ModelError(f"the question has {len(question)} characters; at most {QUESTION_LIMIT} are read", "QUESTION_TOO_LONG")
     return question
+
+
+def clicks(points, image: Image | Volume) -> np.ndarray:
+    """Points given by hand as float (Q, rank + 1): index ((d,) h, w), then 1 on the target or 0 off it (1 where not said).
+
+    Raises:
+        ModelError: BAD_ARGUMENT for what is no such array, or lies outside the image.
+    """
+    rank = len(image.shape) - 1
+    given = _inside(points, image, (rank, rank + 1), "points", last=1)
+    marks = given[:, rank:] if given.shape[1] > rank else np.ones((len(given), 1))
+    if not np.isin(marks, (0, 1)).all():
+        raise ModelError(f"the last column of points is 1 (on the target) or 0 (off it), not {marks[:, 0].tolist()}", "BAD_ARGUMENT")
+    return np.hstack([given[:, :rank], marks])
+
+
+def corners(box, image: Image | Volume) -> np.ndarray:
+    """A box given by hand as float (2, rank): lower and upper corner, half-open.
+
+    Raises:
+        ModelError: BAD_ARGUMENT for what is no box, or reaches outside the image.
+    """
+    rank = len(image.shape) - 1
+    given = _numbers(box, "a box")
+    if given.size != 2 * rank or (np.diff(given.reshape(2, rank), axis=0) <= 0).any():
+        axes = "h, w" if rank == 2 else "d, h, w"
+        raise ModelError(f"a box is (({axes}), ({axes})) with lower < upper, not {given.tolist()}", "BAD_ARGUMENT")
+    return _inside(given.reshape(2, rank), image, (rank,), "box corners")
+
+
+def place(module, device: str | None):
+    """A torch module ready to answer, on the device named, or on the best there is.
+
+    Raises:
+        ModelError: BAD_ARGUMENT when the device cannot be used.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return module.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"the device {device!r} cannot be used here", "BAD_ARGUMENT", "use cpu, cuda, cuda:1 or mps") from error
+
+
+def pretrained(kind, source: str | Path, **options):
+    """``kind.from_pretrained(source)`` of a transformers class, quietly, from safetensors, without running code of the checkpoint.
+
+    A local folder is read without the network. options: further arguments of ``from_pretrained``.
+
+    Raises:
+        ModelError: BAD_CHECKPOINT when it cannot be read, or when weights are missing, unknown or of the wrong shape.
+    """
+    import torch
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, info = kind.from_pretrained(source, output_loading_info=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32,
+                                           local_files_only=Path(source).is_dir(), **options)  # fmt: skip
+    except MedVLMError:
+        raise
+    except Exception as error:  # transformers, tokenizers and safetensors have kinds of their own, and a file can be anything
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ModelError(f"the model cannot be read: {said}", "BAD_CHECKPOINT") from error
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    wrong = {k: sorted(map(str, v))[:3] for k, v in info.items() if v}
+    if wrong:
+        raise ModelError(f"the weights do not fit the configuration: {wrong}", "BAD_CHECKPOINT")
+    return model
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file of weights."""
+    with file.open("rb") as weights:
+        return hashlib.file_digest(weights, "sha256").hexdigest()
+
+
+def _numbers(values, what: str) -> np.ndarray:
+    try:
+        return np.asarray(values, float)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{what} must be numbers, not {str(values)[:60]}", "BAD_ARGUMENT") from error
+
+
+def _inside(points, image: Image | Volume, columns: tuple[int, ...], what: str, last: int = 0) -> np.ndarray:
+    """``last``: how far the largest index stays below the size: 1 for pixels, 0 for the corners of half-open boxes."""
+    array = _numbers(points, what)
+    array = array[None] if array.ndim == 1 else array
+    size = np.array(image.shape[1:])
+    if array.ndim != 2 or not len(array) or array.shape[1] not in columns or not np.isfinite(array).all():
+        raise ModelError(f"{what} must be rows of {' or '.join(map(str, columns))} finite numbers, not an array of shape {array.shape}", "BAD_ARGUMENT")
+    where = array[:, : len(size)]
+    if (where < 0).any() or (where > size - last).any():
+        raise ModelError(f"{what} {where[:5].tolist()} lie outside the image of {tuple(image.shape[1:])}", "BAD_ARGUMENT")
+    return array
 
 
 def json_ready(value: Any) -> Any:
