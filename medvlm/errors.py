@@ -18,6 +18,7 @@ HINTS = {
     "CHECKSUM": "the compressed data do not match their own checksum; fetch the file again from its source",
     "NO_CODEC": "install the codec named above, or decompress the file (gdcmconv --raw)",
     "NO_DATA_FILE": "fetch both halves: the header and its data file must lie side by side",
+    "NOT_FINITE": "replace NaN and infinite values first (numpy.nan_to_num), or export the file again",
     "BAD_VALUE": "repair the named attribute",
     "UNSUPPORTED": "convert the file to a supported form",
     "UNSAFE_PATH": "the archive or DICOMDIR points outside itself; do not trust it",

@@ -147,12 +147,10 @@ class Volume(_Scan):
 
         No interpolation: an oblique or sheared volume gets the nearest order of axes and keeps its slant.
         """
-        here, there = _axes(self.orientation), _axes(to)
-        order = [[a for a, _ in here].index(axis) for axis, _ in there]
-        signs = [1 if here[o][1] == sign else -1 for o, (_, sign) in zip(order, there)]
-        if order == [0, 1, 2] and signs == [1, 1, 1]:
+        here = self.orientation
+        order, signs = turn(here, to)
+        if order == (0, 1, 2) and signs == (1, 1, 1):
             return self
-        flip = (slice(None), *[slice(None, None, s) for s in signs])
         change = np.zeros((4, 4))
         change[3, 3] = 1
         for new, (old, sign) in enumerate(zip(order, signs)):
@@ -161,8 +159,7 @@ class Volume(_Scan):
         info = dict(self.info)
         if "sop" in info:  # one UID a slice holds only while D is still the slice axis
             info["sop"] = list(info["sop"])[:: signs[0]] if order[0] == 0 else []
-        voxels = self.voxels.transpose(0, *[1 + o for o in order])[flip]
-        return Volume(self.id, voxels, self.affine @ change, self.modality, self.unit, info)
+        return Volume(self.id, turned(self.voxels, here, to), self.affine @ change, self.modality, self.unit, info)
 
     def resample(self, spacing: tuple[float, float, float], order: int = 1) -> Volume:
         """Onto a straight grid with this spacing (mm along D, H, W) that covers the same box.
@@ -283,6 +280,27 @@ def orientation(affine: np.ndarray) -> str:
     for w, a in zip(world, array):
         letters[a] = GROWTH[w][0 if cosines[w, a] > 0 else 1]
     return "".join(letters)
+
+
+def turn(here: str, to: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """For each axis of the orientation ``to``: which axis of ``here`` it is, and -1 where it grows the other way, else 1."""
+    axes = _axes(here)
+    order = tuple([a for a, _ in axes].index(axis) for axis, _ in _axes(to))
+    return order, tuple(1 if axes[o][1] == sign else -1 for o, (_, sign) in zip(order, _axes(to)))
+
+
+def turned(array: np.ndarray, here: str, to: str) -> np.ndarray:
+    """(..., D, H, W) whose axes grow as ``here`` says -> a view of it whose axes grow as ``to`` says."""
+    order, signs = turn(here, to)
+    lead = array.ndim - 3
+    return array.transpose(*range(lead), *(lead + o for o in order))[(..., *(slice(None, None, s) for s in signs))]
+
+
+def turned_points(points: np.ndarray, size: tuple[int, ...], here: str, to: str) -> np.ndarray:
+    """(..., 3) positions between voxel edges (0 to ``size`` along the axes of ``here``) -> the same along the axes of ``to``."""
+    order, signs = (list(x) for x in turn(here, to))
+    there = np.asarray(points, float)[..., order]
+    return np.where(np.array(signs) > 0, there, np.asarray(size, float)[order] - there)
 
 
 def ras_lps(affine: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -67,20 +67,31 @@ def display(image: Image | Volume) -> np.ndarray:
 
 def show(array: np.ndarray, info: Mapping[str, Any]) -> np.ndarray:
     """:func:`display` for an array (C, H, W) or (C, D, H, W) with the info of its image."""
-    tables, window = info.get("voi_lut"), None if info.get("voi_lut") else _first_window(info)
-    if array.shape[0] == 3:  # colour has no window in DICOM or elsewhere
-        shown = array if array.dtype == np.uint8 else _byte(_full_range(array))
-    elif tables:
-        shown = _byte(_through_table(array, tables[0]))
-    elif window is not None:
-        shown = _byte(apply(array, *window))
-    elif array.dtype == np.uint8:
-        shown = array
-    else:
-        shown = _byte(_between_tails(array, info.get("padding")))
-    if info.get("inverted") and array.shape[0] == 1:
-        shown = 255 - shown
+    shown = look(array, info)(array)
     return shown[0] if shown.shape[0] == 1 else np.moveaxis(shown, 0, -1)
+
+
+def look(array: np.ndarray, info: Mapping[str, Any]) -> Callable[[np.ndarray], np.ndarray]:
+    """How :func:`display` shows this array: a function from any part (C, ...) of it to uint8 (C, ...), so that a large
+    scan need not be shown as a whole."""
+    tables, window = info.get("voi_lut"), None if info.get("voi_lut") else _first_window(info)
+    kind, colour = array.dtype, array.shape[0] == 3  # colour has no window in DICOM or elsewhere
+    bytes_, full = kind == np.uint8, kind.kind == "u" and np.iinfo(kind).max
+    measured = not (bytes_ or full) if colour else not (bytes_ or tables or window)
+    ends = _tails(array, None if colour else info.get("padding")) if measured else None
+
+    def shown(part: np.ndarray) -> np.ndarray:
+        if colour:
+            return part if bytes_ else _byte(part.astype(np.float32) / full if full else _between(part, ends))
+        if tables:
+            seen = _byte(_through_table(part, tables[0]))
+        elif window:
+            seen = _byte(apply(part, *window))
+        else:
+            seen = part if bytes_ else _byte(_between(part, ends))
+        return 255 - seen if info.get("inverted") else seen
+
+    return shown
 
 
 def _first_window(info: Mapping[str, Any]) -> tuple[float, float, str] | None:
@@ -105,7 +116,8 @@ def _through_table(array: np.ndarray, table: Mapping[str, Any]) -> np.ndarray:
     return entries[np.clip(index, 0, len(entries) - 1)].astype(np.float32) / np.float32(2 ** int(table["bits"]) - 1)
 
 
-def _between_tails(array: np.ndarray, padding: tuple[float, float] | None = None) -> np.ndarray:
+def _tails(array: np.ndarray, padding: tuple[float, float] | None = None) -> tuple[float, float] | None:
+    """The values that become black and white, None where all finite values are one."""
     seen = array.ravel()
     if seen.size > 1 << 22:  # a regular sample is as good as all voxels of a large volume
         seen = seen[:: seen.size >> 22]
@@ -114,20 +126,19 @@ def _between_tails(array: np.ndarray, padding: tuple[float, float] | None = None
     if padding is not None and (inside := seen[(seen < padding[0]) | (seen > padding[1])]).size:
         seen = inside
     if not seen.size:
-        return np.zeros(array.shape, np.float32)
+        return None
     low, high = np.percentile(seen, TAILS)
     if high <= low:
         low, high = float(seen.min()), float(seen.max())
-    if high <= low:
+    return (low, high) if high > low else None
+
+
+def _between(array: np.ndarray, ends: tuple[float, float] | None) -> np.ndarray:
+    if ends is None:
         return np.zeros(array.shape, np.float32)
+    low, high = ends
     scaled = (array.astype(np.float32) - np.float32(low)) / np.float32(high - low)
     return np.nan_to_num(np.clip(scaled, 0, 1), nan=0.0)
-
-
-def _full_range(array: np.ndarray) -> np.ndarray:
-    if array.dtype.kind == "u":
-        return array.astype(np.float32) / np.iinfo(array.dtype).max
-    return _between_tails(array)
 
 
 def _byte(fraction: np.ndarray) -> np.ndarray:
