@@ -1,21 +1,35 @@
 """From a scan to the tensor an encoder was trained to see, and masks and boxes back onto the scan's own grid.
 
-An encoder's :class:`InputSpec` is the only source of preprocessing. Pictures keep their aspect ratio: they are scaled
-until they fit ``size`` and padded with zeros on both sides.
+An encoder's :class:`InputSpec` is the only source of preprocessing. With ``spacing`` a scan is scaled to it and the middle
+is cut out or padded with zeros on both sides. Without, a picture is scaled until it fits ``size`` and padded; H and W share
+one factor in mm (in pixels where spacing is unknown), so nothing is squashed, and the slices of a volume fill D. Volumes are
+turned to "SPL" first, along their own axes: an oblique one keeps its slant. Scans are read block by block and maps come back
+plane by plane, so little more memory is taken than the input and the result need.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
+from math import ceil, isfinite, prod
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import GeometryError, ModelError
+from .errors import GeometryError, ModelError, UsageError
 from .imaging import window
-from .imaging.scan import Image, Volume
+from .imaging.scan import Image, Volume, turn, turned, turned_points
+
+UPRIGHT = "SPL"
+"""Orientation in which encoders see volumes: axial slices from feet to head, as a radiologist reads them."""
+BLOCK = {2: 1024, 3: 128}
+"""Pixels along each side of what is read of a scan at once, by its rank."""
+STRIP = 1 << 22
+"""Most pixels of the scan's own grid that one map is written to at once."""
+MOST_TILES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -42,93 +56,335 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where a scan lies in the encoder's input: input pixel = index * scale + offset, along (H, W)."""
+    """Where a scan lies in the encoder's input: input pixel = index * scale + offset, along ((D,) H, W).
 
-    size: tuple[int, int]
-    inner: tuple[int, int]
-    offset: tuple[int, int]
-    input: tuple[int, int]
+    size: of the scan's own grid. inner: what it is scaled to, and offset: where that begins, in the input's axes; negative
+    where the scan reaches beyond the input. input: (D, H, W) or (H, W). orientation: how the axes of a volume's own grid
+    grow (the input's grow as ``UPRIGHT``); None for a picture.
+    """
+
+    size: tuple[int, ...]
+    inner: tuple[int, ...]
+    offset: tuple[int, ...]
+    input: tuple[int, ...]
+    orientation: str | None = None
 
     @property
-    def scale(self) -> tuple[float, float]:
-        return self.inner[0] / self.size[0], self.inner[1] / self.size[1]
+    def upright(self) -> tuple[int, ...]:
+        """The scan's own size in the order of the input's axes."""
+        return self.size if self.orientation is None else tuple(self.size[o] for o in turn(self.orientation, UPRIGHT)[0])
+
+    @property
+    def scale(self) -> tuple[float, ...]:
+        return tuple(i / n for i, n in zip(self.inner, self.upright))
+
+    @property
+    def axes(self) -> tuple[_Axis, ...]:
+        return tuple(map(_Axis, self.upright, self.inner, self.offset, self.input))
 
     def to_input(self, points: np.ndarray) -> np.ndarray:
-        """(..., 2) image corners (h, w) -> input pixels. Pixel edges, not centres: 0 is the image's upper left corner."""
-        return np.asarray(points, float) * self.scale + self.offset
+        """(..., rank) places on the scan ((d,) h, w) -> input pixels. Edges, not centres: 0 is the scan's first corner."""
+        points = np.asarray(points, float)
+        if self.orientation is not None:
+            points = turned_points(points, self.size, self.orientation, UPRIGHT)
+        return points * self.scale + self.offset
 
     def to_image(self, points: np.ndarray) -> np.ndarray:
-        """(..., 2) input pixels -> image (h, w), the inverse of :meth:`to_input`."""
-        return (np.asarray(points, float) - self.offset) / self.scale
+        """(..., rank) input pixels -> places on the scan, the inverse of :meth:`to_input`."""
+        points = (np.asarray(points, float) - self.offset) / self.scale
+        return points if self.orientation is None else turned_points(points, self.upright, UPRIGHT, self.orientation)
 
-    def map_to_image(self, logits: Tensor) -> Tensor:
-        """(P, h, w) map over the whole input at any stride -> (P, H, W) on the image's own grid, bilinear."""
-        wide = logits[:, None].float()
-        if tuple(wide.shape[2:]) != self.input:
-            wide = F.interpolate(wide, self.input, mode="bilinear", align_corners=False)
-        (top, left), (h, w) = self.offset, self.inner
-        return F.interpolate(wide[:, :, top : top + h, left : left + w], self.size, mode="bilinear", align_corners=False)[:, 0]
+    def box_to_input(self, boxes: np.ndarray) -> np.ndarray:
+        """(..., 2, rank) lower and upper corners; an axis that is turned swaps them, so they are put in order again."""
+        return np.sort(self.to_input(boxes), axis=-2)
+
+    def box_to_image(self, boxes: np.ndarray) -> np.ndarray:
+        """The inverse of :meth:`box_to_input`."""
+        return np.sort(self.to_image(boxes), axis=-2)
 
     def mask_to_input(self, mask: np.ndarray) -> Tensor:
-        """bool (H, W) on the image's grid -> float (h, w) coverage in [0, 1] on the input's grid.
+        """bool mask on the scan's own grid -> float coverage in [0, 1] on the input's grid.
 
         Raises:
             GeometryError: GRID_MISMATCH when the mask is not the image's size.
         """
         if mask.shape != self.size:
             raise GeometryError(f"the mask is {mask.shape} but its image is {self.size}", "GRID_MISMATCH")
-        return fit(torch.from_numpy(np.ascontiguousarray(mask)).float()[None], self)[0]
+        return fit(mask[None], self, lambda part: np.ascontiguousarray(part, np.float32))[0]
+
+    def map_to_image(self, maps: Tensor, outside: float = -torch.inf) -> Tensor:
+        """(P, *grid) maps over the whole input at any stride -> (P, *size) float32 on the scan's own grid, on the CPU.
+
+        Linear between the cells of the map; ``outside`` is where the scan reaches beyond the input (a logit: not there).
+        """
+        out = np.full((len(maps), *self.size), outside, np.float32)
+        whole = self.turn_up(out)
+        for place, plane, rows in self._planes(maps):
+            for p in range(len(maps)):
+                whole[(p, *place)] = rows(plane[p], 0).cpu().numpy()
+        return torch.from_numpy(out)
+
+    def masks(self, maps: Tensor, threshold: float = 0.0) -> np.ndarray:
+        """:meth:`map_to_image` > ``threshold``: bool (P, *size), without the float maps on the scan's own grid."""
+        out = np.zeros((len(maps), *self.size), bool)
+        whole = self.turn_up(out)
+        for place, plane, rows in self._planes(maps):
+            for p in range(len(maps)):
+                whole[(p, *place)] = (rows(plane[p], 0) > threshold).cpu().numpy()
+        return out
+
+    def labels(self, maps: Tensor) -> np.ndarray:
+        """(C, *grid) logits of C exclusive classes -> the likeliest of them on the scan's own grid, 0 beyond the input.
+
+        uint8 (uint16 above 256 classes) of shape ``size``: the first maximum of what :meth:`map_to_image` would give,
+        without ever holding C maps on the scan's own grid.
+        """
+        out = np.zeros(self.size, np.uint8 if len(maps) <= 256 else np.uint16)
+        whole = self.turn_up(out[None])[0]
+        for place, plane, rows in self._planes(maps):
+            best = rows(plane[0], 0)
+            label = torch.zeros_like(best, dtype=torch.uint8 if len(maps) <= 256 else torch.int32)
+            for c in range(1, len(maps)):
+                here = rows(plane[c], 0)
+                label.masked_fill_(here > best, c)
+                torch.maximum(best, here, out=best)
+            whole[place] = label.cpu().numpy()
+        return out
+
+    def turn_up(self, array: np.ndarray) -> np.ndarray:
+        """(P, *size) on the scan's own grid -> a view of it along the input's axes."""
+        return array if self.orientation is None else turned(array, self.orientation, UPRIGHT)
+
+    @torch.no_grad()
+    def _planes(self, maps: Tensor) -> Iterator[tuple[tuple, Tensor, _Mix]]:
+        """Places that together fill what the input covers of the upright own grid; the maps (C, h, W) there, with the
+        grid's columns but their own rows; and the mix of these rows that gives the grid's.
+
+        Only two planes of the maps are widened at a time, and rows are mixed one map at a time by who uses them.
+        """
+        flat = len(self.size) == 2
+        axes = (_Axis(1, 1, 0, 1), *self.axes) if flat else self.axes
+        maps = maps[:, None] if flat else maps
+        (deep, between), (high, down), (wide, across) = (a.back(n, maps.device) for a, n in zip(axes, maps.shape[1:]))
+        step = max(1, STRIP // len(across.low))
+        for start in range(0, len(down.low), step):
+            rows = _Mix(*(x[start : start + step] for x in down))
+            top, bottom = int(rows.low[0]), int(rows.high[-1]) + 1
+            rows = rows._replace(low=rows.low - top, high=rows.high - top)
+            place = slice(high.start + start, high.start + start + len(rows.low)), wide
+            near: dict[int, Tensor] = {}
+            for k, (a, b) in enumerate(zip(between.low.tolist(), between.high.tolist())):
+                near = {z: near[z] if z in near else across(maps[:, z, top:bottom].float(), 2) for z in (a, b)}
+                plane = torch.lerp(near[a], near[b], between.share[k])
+                yield place if flat else (deep.start + k, *place), plane, rows
+
+
+class _Mix(NamedTuple):
+    """Linear interpolation along one axis: for each new cell its two old neighbours and the share of the upper one."""
+
+    low: Tensor
+    high: Tensor
+    share: Tensor
+
+    def __call__(self, maps: Tensor, axis: int) -> Tensor:
+        share = self.share.reshape(-1, *[1] * (maps.ndim - 1 - axis))
+        return torch.lerp(maps.index_select(axis, self.low), maps.index_select(axis, self.high), share)
+
+
+class _Axis(NamedTuple):
+    """One axis of a frame: ``own`` pixels are scaled to ``inner``, which begins at ``offset`` of an input of ``length``."""
+
+    own: int
+    inner: int
+    offset: int
+    length: int
+
+    def blocks(self, size: int) -> list[tuple[slice, slice, Tensor]]:
+        """What fills the input, in blocks of own pixels: (own pixels, input pixels they reach, weights (input, own)).
+
+        A triangle as wide as the coarser of the two grids' pixels, cut at the scan's ends and summing to 1 there:
+        what torch's ``interpolate(antialias=True)`` does along an axis.
+        """
+        step = self.own / self.inner
+        centre = (np.arange(max(self.offset, 0), min(self.offset + self.inner, self.length)) - self.offset + 0.5) * step
+        width = max(step, 1.0)
+        taps = np.floor(centre - width)[:, None] + np.arange(ceil(2 * width) + 2)
+        total = (_triangle(taps, centre, width) * ((taps >= 0) & (taps < self.own))).sum(1)
+        first, last = max(0, int(centre[0] - width)), min(self.own, ceil(centre[-1] + width))
+        found = []
+        for start in range(first, last, size):
+            stop = min(start + size, last)
+            a, b = np.searchsorted(centre, (start - width, stop + width))
+            weights = _triangle(np.arange(start, stop)[None], centre[a:b], width) / total[a:b, None]
+            at = max(self.offset, 0) + a
+            found.append((slice(start, stop), slice(at, at + b - a), torch.from_numpy(weights.astype(np.float32))))
+        return found
+
+    def back(self, cells: int, device) -> tuple[slice, _Mix]:
+        """Own pixels that the input covers, and how a map of ``cells`` over the input gives their values.
+
+        Places are held within the scan's part of the input, so that its padding is never looked at.
+        """
+        centre = (np.arange(self.own) + 0.5) * self.inner / self.own + self.offset
+        seen = np.flatnonzero((centre > 0) & (centre < self.length))
+        first, last = max(self.offset, 0), min(self.offset + self.inner, self.length)
+        at = np.clip(centre[seen], first + 0.5, last - 0.5) * cells / self.length - 0.5
+        at = np.clip(at, 0, cells - 1)
+        low = np.floor(at).astype(np.int64)
+        mix = low, np.minimum(low + 1, cells - 1), (at - low).astype(np.float32)
+        return slice(seen[0], seen[-1] + 1), _Mix(*(torch.from_numpy(x).to(device) for x in mix))
+
+
+def _triangle(pixels: np.ndarray, centre: np.ndarray, width: float) -> np.ndarray:
+    return np.clip(1 - np.abs(pixels + 0.5 - centre[:, None]) / width, 0, None)
 
 
 def frame(image: Image | Volume, spec: InputSpec) -> Frame:
     """How this image is laid into the encoder's input.
 
     Raises:
-        ModelError: OUT_OF_SCOPE when a volume is given to a 2-D encoder.
+        ModelError: OUT_OF_SCOPE when a volume is given to a 2-D encoder or a picture to a 3-D one, and when the encoder
+            needs a spacing that the image does not have.
     """
-    if isinstance(image, Volume) or len(spec.size) != 2:
-        raise ModelError(f"image {image.id} is {len(image.shape) - 1}-D but the encoder sees {len(spec.size)}-D input", "OUT_OF_SCOPE")
-    height, width = image.shape[1:]
-    factor = min(spec.size[0] / height, spec.size[1] / width)
-    inner = max(1, round(height * factor)), max(1, round(width * factor))
-    offset = (spec.size[0] - inner[0]) // 2, (spec.size[1] - inner[1]) // 2
-    return Frame((height, width), inner, offset, tuple(spec.size))
+    rank = len(image.shape) - 1
+    if rank != len(spec.size):
+        raise ModelError(f"image {image.id} is {rank}-D but the encoder sees {len(spec.size)}-D input", "OUT_OF_SCOPE")
+    own, spacing, orientation = image.shape[1:], image.spacing, None
+    if isinstance(image, Volume):
+        orientation = image.orientation
+        order, _ = turn(orientation, UPRIGHT)
+        own, spacing = (tuple(x[o] for o in order) for x in (own, spacing))
+    if spec.spacing is None:
+        high, wide = own[-2:]
+        longer = spacing[-1] / spacing[-2] if spacing else 1.0  # of a pixel's two sides
+        factor = min(spec.size[-2] / high, spec.size[-1] / (wide * longer))
+        inner = (*spec.size[:-2], max(1, round(high * factor)), max(1, round(wide * longer * factor)))
+    elif spacing is None:
+        raise ModelError(f"image {image.id} has no spacing but the encoder sees {spec.spacing} mm", "OUT_OF_SCOPE", "pass spacing= if you know it")
+    else:
+        inner = tuple(max(1, round(n * s / t)) for n, s, t in zip(own, spacing, spec.spacing))
+    offset = tuple((n - i) // 2 for n, i in zip(spec.size, inner))
+    return Frame(tuple(image.shape[1:]), inner, offset, tuple(spec.size), orientation)
 
 
-def fit(tensor: Tensor, frame: Frame) -> Tensor:
-    """(C, H, W) -> (C, *input): scaled with antialiasing and padded with zeros."""
-    small = F.interpolate(tensor[None], frame.inner, mode="bilinear", align_corners=False, antialias=True)[0]
-    (top, left), (h, w) = frame.offset, frame.inner
-    return F.pad(small, (left, frame.input[1] - left - w, top, frame.input[0] - top - h))
+def fit(array: np.ndarray, place: Frame, values: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    """The input (C, *place.input): scaled with antialiasing, zero where the scan does not reach.
+
+    array: (C', *place.size). values: any part of it, along the input's axes -> float32 (C, ...); called a block at a time.
+    """
+    whole, out = place.turn_up(array), None
+    for chosen in product(*(axis.blocks(BLOCK[len(place.input)]) for axis in place.axes)):
+        source, target, weights = zip(*chosen)
+        part = torch.from_numpy(values(whole[(slice(None), *source)]))
+        for axis, weight in enumerate(weights, 1):
+            part = torch.tensordot(part, weight, ([axis], [1])).movedim(-1, axis)
+        out = torch.zeros(len(part), *place.input) if out is None else out
+        out[(slice(None), *target)] += part
+    return out
 
 
 def to_tensor(image: Image | Volume, spec: InputSpec) -> tuple[Tensor, Frame]:
     """The encoder's input (channels, *size), float32 before mean and std (see :func:`normalise`), and its frame.
 
     Raises:
-        ModelError: OUT_OF_SCOPE when the image cannot become what the encoder was trained on.
+        ModelError: OUT_OF_SCOPE when the image cannot become what the encoder was trained on; NOT_FINITE when voxels
+            that it would see are NaN or infinite.
     """
     place = frame(image, spec)
-    if spec.unit == "display":
-        shown = np.asarray(window.display(image), np.float32) / 255
-        values = shown[None] if shown.ndim == 2 else shown.transpose(2, 0, 1)
-    else:
-        if image.unit != spec.unit:
-            raise ModelError(f"image {image.id} is in {image.unit} but the encoder was trained on {spec.unit}", "OUT_OF_SCOPE")
-        if not spec.windows:
-            raise ModelError(f"the encoder's input in {spec.unit} has no window", "BAD_RECIPE", "give InputSpec.windows")
-        values = np.concatenate([window.apply(image.pixels, centre, width) for centre, width in spec.windows])
-    tensor = torch.from_numpy(np.ascontiguousarray(values, np.float32))
-    if tensor.shape[0] == 3 and spec.channels == 1:
-        tensor = (tensor * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True)
-    elif tensor.shape[0] == 1 and spec.channels == 3:
-        tensor = tensor.expand(3, -1, -1)
-    if tensor.shape[0] != spec.channels:
-        raise ModelError(f"image {image.id} has {tensor.shape[0]} channels, the encoder takes {spec.channels}", "OUT_OF_SCOPE")
-    return fit(tensor, place), place
+    return next(inputs(image, spec, [place])), place
+
+
+def inputs(image: Image | Volume, spec: InputSpec, places: Iterable[Frame]) -> Iterator[Tensor]:
+    """:func:`to_tensor` for each of these frames of one image, such as those of :func:`tiles`."""
+    channels = image.shape[0] * max(1, len(spec.windows))
+    if spec.unit != "display" and image.unit != spec.unit:
+        raise ModelError(f"image {image.id} is in {image.unit} but the encoder was trained on {spec.unit}", "OUT_OF_SCOPE")
+    if spec.unit != "display" and not spec.windows:
+        raise ModelError(f"the encoder's input in {spec.unit} has no window", "BAD_RECIPE", "give InputSpec.windows")
+    if channels != spec.channels and {channels, spec.channels} != {1, 3}:
+        raise ModelError(f"image {image.id} has {channels} channels, the encoder takes {spec.channels}", "OUT_OF_SCOPE")
+    array = image.voxels if isinstance(image, Volume) else image.pixels
+    shown = window.look(array, image.info) if spec.unit == "display" else None
+
+    def values(part: np.ndarray) -> np.ndarray:
+        if part.dtype.kind == "f" and not np.isfinite(part).all():
+            raise ModelError(f"image {image.id} holds NaN or infinite values where the encoder looks", "NOT_FINITE")
+        part = shown(part) if shown else part
+        if spec.windows:
+            return np.concatenate([window.apply(part, centre, width) for centre, width in spec.windows])
+        return np.ascontiguousarray(part, np.float32) / 255
+
+    for place in places:
+        tensor = fit(array, place, values)
+        if spec.channels < channels:
+            tensor = torch.tensordot(torch.tensor([0.299, 0.587, 0.114]), tensor, ([0], [0]))[None]
+        yield tensor.repeat(spec.channels // len(tensor), *[1] * (tensor.ndim - 1))
+
+
+class Tiles(NamedTuple):
+    """frames: windows of the encoder's size that together cover ``whole``, the image scaled as one large input."""
+
+    whole: Frame
+    frames: tuple[Frame, ...]
+
+
+def tiles(image: Image | Volume, spec: InputSpec, zoom: float = 1.0, overlap: float = 0.25, multiple: int = 32) -> Tiles:
+    """Windows over an image at ``zoom`` times the resolution of :func:`frame`, for what is too thin to see there.
+
+    With ``spec.spacing``, a zoom of 1 covers all of the scan at that spacing, where :func:`frame` sees its middle only.
+
+    Args:
+        overlap: least share of a window that the next one sees too.
+        multiple: windows begin at multiples of this many input pixels: the stride of the maps that :func:`blend` joins.
+
+    Raises:
+        UsageError: BAD_ARGUMENT, also for more than ``MOST_TILES`` windows.
+    """
+    if not (isfinite(zoom) and zoom > 0 and 0 <= overlap < 1 and multiple >= 1):
+        raise UsageError(f"tiles need zoom > 0, 0 <= overlap < 1 and multiple >= 1, not {zoom}, {overlap} and {multiple}", "BAD_ARGUMENT")
+    once = frame(image, spec)
+    inner = tuple(max(1, round(i * zoom)) for i in once.inner)
+    counts, lengths = [], []
+    for part, length in zip(inner, spec.size):
+        steps = ceil(max(0, part - length) / multiple)  # from the first window's place to the last one's
+        lengths.append(length + steps * multiple)
+        counts.append(1 + ceil(steps / max(1, int(length * (1 - overlap)) // multiple)))
+    if prod(counts) > MOST_TILES:
+        raise UsageError(f"image {image.id} at {zoom:g} times its fit takes {prod(counts)} windows, the limit is {MOST_TILES}", "BAD_ARGUMENT", "lower the zoom")
+    offset = tuple((n - i) // 2 for n, i in zip(lengths, inner))
+    whole = Frame(once.size, inner, offset, tuple(lengths), once.orientation)
+    starts = [[round(s) * multiple for s in np.linspace(0, (n - length) // multiple, c)] for n, length, c in zip(lengths, spec.size, counts)]
+    frames = tuple(
+        Frame(once.size, inner, tuple(o - s for o, s in zip(offset, start)), tuple(spec.size), once.orientation) for start in product(*starts)
+    )
+    return Tiles(whole, frames)
+
+
+def blend(tiled: Tiles, maps: Iterable[Tensor]) -> Tensor:
+    """One map (P, *grid) over each window, in order -> one map over ``tiled.whole``, whose frame takes it onto the image.
+
+    Where windows overlap, each counts by its distance from its edges (a Hann window).
+    """
+    total = weight = None
+    for place, each in zip(tiled.frames, maps, strict=True):
+        grid = each.shape[1:]
+        if total is None:
+            scale = [n // g for n, g in zip(place.input, grid)]
+            total = each.new_zeros(len(each), *(n // s for n, s in zip(tiled.whole.input, scale)))
+            weight = each.new_zeros(total.shape[1:])
+            share = each.new_ones(grid)
+            for axis, n in enumerate(grid):
+                share = share * torch.hann_window(n + 2, periodic=False, device=each.device)[1:-1].reshape(-1, *[1] * (len(grid) - 1 - axis))
+        begin = [w - o for w, o in zip(tiled.whole.offset, place.offset)]
+        if any(b % s for b, s in zip(begin, scale)):
+            raise UsageError(f"a window begins at {begin} but the maps have stride {scale}", "BAD_ARGUMENT", "give tiles() that stride as multiple=")
+        at = tuple(slice(b // s, b // s + g) for b, s, g in zip(begin, scale, grid))
+        total[(slice(None), *at)] += each * share
+        weight[at] += share
+    return total / weight
 
 
 def normalise(tensor: Tensor, spec: InputSpec) -> Tensor:
-    """(..., C, H, W) in [0, 1] -> (x - mean) / std per channel."""
-    mean, std = (torch.tensor(v, dtype=tensor.dtype, device=tensor.device) for v in (spec.mean, spec.std))
-    return (tensor - mean[:, None, None]) / std[:, None, None]
+    """(..., C, *size) in [0, 1] -> (x - mean) / std per channel."""
+    mean, std = (torch.tensor(v, dtype=tensor.dtype, device=tensor.device).reshape(-1, *[1] * len(spec.size)) for v in (spec.mean, spec.std))
+    return (tensor - mean) / std
