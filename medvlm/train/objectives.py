@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import ModelError
 from ..heads.mask import Prompts
 from ..language import Batch
 from ..vlm import MedVLM, Output
@@ -84,16 +86,20 @@ def overlap(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(union > 0, (a & b).sum((1, 2)) / union.clamp(min=1), torch.ones_like(union))
 
 
-def box_prompts(target: Tensor, jitter: float = 0.05) -> Tensor:
-    """(S, 2, 2) box around each target of (S, h, w), each side moved by up to ``jitter`` of the box's size."""
+def box_around(target: Tensor) -> Tensor:
+    """(S, 2, rank) half-open box around each target of (S, *size); the whole input where it is thinner than a pixel."""
     boxes = []
-    for rows, columns in ((t > 0.5).nonzero(as_tuple=True) for t in target):
-        if not len(rows):  # thinner than a pixel of the input: the whole picture
-            rows, columns = torch.tensor([0, target.shape[1] - 1]), torch.tensor([0, target.shape[2] - 1])
-        low = torch.stack([rows.min(), columns.min()]).float()
-        high = torch.stack([rows.max() + 1, columns.max() + 1]).float()
-        boxes.append(torch.stack([low, high]) + (torch.rand(2, 2) * 2 - 1) * jitter * (high - low).cpu())
-    return torch.stack(boxes).to(target.device)
+    for t in target:
+        inside = (t > 0.5).nonzero()
+        whole = torch.tensor([[0] * t.ndim, t.shape], device=t.device)
+        boxes.append(torch.stack([inside.amin(0), inside.amax(0) + 1]) if len(inside) else whole)
+    return torch.stack(boxes).float()
+
+
+def box_prompts(target: Tensor, jitter: float = 0.05) -> Tensor:
+    """(S, 2, rank) box around each target of (S, *size), each side moved by up to ``jitter`` of the box's size."""
+    boxes = box_around(target)
+    return boxes + (torch.rand(boxes.shape) * 2 - 1).to(boxes) * jitter * (boxes[:, 1:] - boxes[:, :1])
 
 
 def point_prompts(target: Tensor) -> Tensor:
@@ -127,11 +133,125 @@ def classify(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     return losses
 
 
+def clip(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
+    """Each picture picks its caption out of the batch and each caption its picture (CLIP, arXiv:2103.00020, figure 3).
+
+    batch.targets["text"]: {"ids" (K, T), "attention" (K, T)}, the caption of each picture. They go through the encoder
+    named "text". In a distributed run the other processes' pairs are negatives too.
+    """
+    pairs = _pairs(model, batch, out)
+    if pairs is None:
+        return {}
+    from open_clip.loss import ClipLoss
+
+    head, image, text = pairs
+    return {"clip": ClipLoss(local_loss=True, gather_with_grad=True, **_world())(image, text, head.scale())}
+
+
+def siglip(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
+    """Each pair of a picture and a caption is told apart on its own (SigLIP, arXiv:2303.15343, algorithm 1); targets as :func:`clip`."""
+    pairs = _pairs(model, batch, out)
+    if pairs is None:
+        return {}
+    from open_clip.loss import SigLipLoss
+
+    head, image, text = pairs
+    return {"siglip": SigLipLoss(**_world())(image, text, head.scale(), head.logit_bias)}
+
+
+def _pairs(model: MedVLM, batch: Batch, out: Output):
+    if not out.features:
+        return None
+    head, caption = model.heads["contrast"], batch.targets["text"]
+    ((name, features),) = out.features.items()
+    if len(features.pooled) != len(caption["ids"]):
+        raise ModelError(f"the batch has {len(features.pooled)} pictures but {len(caption['ids'])} captions", "BAD_RECIPE", "give each picture one caption")
+    text = model.encoders["text"](caption["ids"], caption["attention"])
+    return head, head.image(features).float(), head.text(text).float()
+
+
+def _world() -> dict[str, int]:
+    on = dist.is_available() and dist.is_initialized()
+    return {"rank": dist.get_rank() if on else 0, "world_size": dist.get_world_size() if on else 1}
+
+
+def box(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
+    """Objects of the head's labels, and the place that each <|seg|> means; each where the head has that part and the batch its targets.
+
+    batch.targets["boxes"]: {"corners" (n, 2, 2) input pixels (h, w), half-open; "label" (n,) index into the head's labels;
+    "image" (n,) index into the pictures; "told" (K,) true where all objects of a picture are marked}: others teach
+    nothing. Losses as FCOS (:mod:`medvlm.heads.box`): focal, GIoU, centreness.
+    batch.targets["mask"] (S, *size) and "present" (S,), as for :func:`mask`: the place is the box around what the mask
+    covers, and one that is absent teaches presence only. L1 of the corners and GIoU, weighted 5 : 2 (DETR,
+    arXiv:2005.12872, appendix A.4, whose L1 is of centre and size).
+    """
+    head, losses = model.heads["box"], {}
+    if not out.features:
+        return {}
+    ((name, features),) = out.features.items()
+    if head.dense is not None and "boxes" in batch.targets and batch.targets["boxes"]["told"].any():
+        losses |= _objects(head, head(features), batch.targets["boxes"])
+    if head.asked is not None and batch.seg is not None and len(batch.seg):
+        index = torch.tensor([k for _, k in batch.seg_image], device=batch.ids.device)
+        target, present = batch.targets["mask"], batch.targets["present"]
+        places = head.from_states(features, model.seg_states(batch, out), index)
+        losses["place_present"] = F.binary_cross_entropy_with_logits(places.present.float(), present)
+        shown = present.bool()
+        if shown.any():
+            size = torch.tensor(target.shape[1:], device=target.device)
+            found, true = places.corners[shown].float(), box_around(target[shown]) / size
+            losses["place"] = (5 * (found - true).abs().sum((1, 2)) + 2 * giou_loss(found, true)).mean()
+    return losses
+
+
+def _objects(head, boxes, target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's FCOS losses on the pictures whose objects are all marked."""
+    told = target["told"].nonzero()[:, 0].tolist()
+    cells = head.cells(boxes.logits.shape[2:], boxes.logits.device)
+    targets, owners = [], []
+    for k in told:
+        mine = target["image"] == k
+        corners = target["corners"][mine].float()
+        targets.append({"boxes": corners.flatten(1), "labels": target["label"][mine]})
+        owners.append(assign(corners, cells))
+    flat = {
+        "cls_logits": boxes.logits, "bbox_regression": boxes.distances / head.stride, "bbox_ctrness": boxes.centreness[:, None],
+    }  # fmt: skip
+    flat = {k: v[told].float().flatten(2).transpose(1, 2) for k, v in flat.items()}
+    losses = head.dense.compute_loss(targets, flat, [cells] * len(told), owners)
+    return {"boxes": losses["classification"], "box_edges": losses["bbox_regression"], "box_centres": losses["bbox_ctrness"]}
+
+
+def assign(corners: Tensor, cells: Tensor, radius: float = 1.5) -> Tensor:
+    """(N,) index of the box that each cell is to find, -1 for none.
+
+    A box is found by the cells whose centre lies inside it and within ``radius`` cells of its own centre on both axes; where
+    boxes overlap, by the smallest. Source: FCOS, arXiv:1904.01355 section 3.1 and arXiv:2006.09214 (centre sampling).
+
+    corners: (n, 2, 2) input pixels. cells: (N, 4) as ``BoxHead.cells`` gives.
+    """
+    if not len(corners):
+        return torch.full((len(cells),), -1, device=cells.device)
+    centre, side = (cells[:, None, :2] + cells[:, None, 2:]) / 2, cells[:, None, 2] - cells[:, None, 0]
+    inside = torch.minimum(centre - corners[:, 0], corners[:, 1] - centre).amin(2) > 0
+    near = (centre - corners.mean(1)).abs().amax(2) < radius * side
+    area = (corners[:, 1] - corners[:, 0]).prod(1).expand(len(cells), -1).masked_fill(~(inside & near), torch.inf)
+    least, owner = area.min(1)
+    return owner.masked_fill(least.isinf(), -1)
+
+
+def giou_loss(a: Tensor, b: Tensor) -> Tensor:
+    """1 - generalised IoU of boxes (P, 2, rank) each. Source: Rezatofighi et al. 2019, arXiv:1902.09630, algorithm 1."""
+    volume = lambda lower, upper: (upper - lower).clamp(min=0).prod(-1)  # noqa: E731
+    both = volume(torch.maximum(a[:, 0], b[:, 0]), torch.minimum(a[:, 1], b[:, 1]))
+    hull = volume(torch.minimum(a[:, 0], b[:, 0]), torch.maximum(a[:, 1], b[:, 1]))
+    union = volume(*a.unbind(1)) + volume(*b.unbind(1)) - both
+    return 1 - both / union.clamp(min=1e-9) + (hull - union) / hull.clamp(min=1e-9)
+
+
 def find(names: str):
     """The objectives of "lm+mask+classify", in order."""
-    from ..errors import ModelError
-
-    known = {f.__name__: f for f in (lm, mask, classify)}
+    known = {f.__name__: f for f in (lm, mask, classify, clip, siglip, box)}
     if wrong := [n for n in names.split("+") if n not in known]:
         raise ModelError(f"there is no objective {wrong[0]!r}; there are: {', '.join(known)}", "BAD_RECIPE")
     return [known[n] for n in names.split("+")]
