@@ -43,7 +43,7 @@ def mask(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     losses["mask"] = mask_loss(drawn.logits, drawn.quality[shown], target[shown], weak[shown])
     named = (label >= 0) & shown
     if head.dense is not None and named.any():
-        losses["dense"] = mask_loss(head.dense(embedding)[index[named], label[named]], None, target[named], weak[named])
+        losses["dense"] = mask_loss(head.maps(embedding)[index[named], label[named]], None, target[named], weak[named])
     clicked = (shown & ~weak).nonzero()[:, 0]
     if len(clicked):
         boxes, points = box_prompts(target[clicked]), point_prompts(target[clicked])

@@ -64,7 +64,7 @@ def test_the_head_is_sam_with_its_axes_swapped(given):
     points, labels = torch.tensor([[[10.0, 80.0], [60.0, 5.0]]]), torch.tensor([[1, 0]])
     boxes = torch.tensor([[[8.0, 40.0], [30.0, 90.0]]])
     rough = torch.randn(1, 1, SIZE[0] // STRIDE * 4, SIZE[1] // STRIDE * 4, generator=torch.Generator().manual_seed(1)) if given == "masks" else None
-    ours = made.decode(image, heads.Prompts(
+    ours = made.decode(heads.Embedding(image), heads.Prompts(
         torch.tensor([0]), points=points if given in ("points", "both") else None, labels=labels if given in ("points", "both") else None,
         boxes=boxes if given in ("boxes", "both") else None, masks=rough,
     ))  # fmt: skip
@@ -82,7 +82,7 @@ def test_the_head_is_sam_with_its_axes_swapped(given):
 def test_words_are_more_prompt_tokens():
     made, image = head(), embedding(2)
     states = torch.randn(3, 2, 24, generator=torch.Generator().manual_seed(3))
-    ours = made.decode(image, heads.Prompts(torch.tensor([1, 0, 1]), tokens=states))
+    ours = made.decode(heads.Embedding(image), heads.Prompts(torch.tensor([1, 0, 1]), tokens=states))
     dense = made.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(1, -1, *image.shape[2:])
     for p, k in enumerate((1, 0, 1)):
         theirs, _ = single(made, image[k : k + 1], made.speak(states[p : p + 1]), dense)
@@ -94,7 +94,7 @@ def test_what_need_not_be_drawn_changes_nothing_else():
     made, image = head(), embedding(2)
     given = dict(image=torch.tensor([1, 0, 1]), tokens=torch.randn(3, 2, 24, generator=torch.Generator().manual_seed(3)))
     keep = torch.tensor([True, False, True])
-    every, some = made.decode(image, heads.Prompts(**given)), made.decode(image, heads.Prompts(**given, draw=keep))
+    every, some = made.decode(heads.Embedding(image), heads.Prompts(**given)), made.decode(heads.Embedding(image), heads.Prompts(**given, draw=keep))
     torch.testing.assert_close(some.logits, every.logits[keep], rtol=0, atol=1e-5)
     assert torch.equal(some.present, every.present) and torch.equal(some.quality, every.quality)
 
@@ -143,11 +143,11 @@ def test_transformers_sam_with_the_same_weights(given):
     theirs.load_state_dict(weights)
     if given == "points":
         points, labels = torch.tensor([[[10.0, 50.0], [60.0, 5.0]]]), torch.tensor([[1, 0]])
-        ours = made.decode(image, heads.Prompts(torch.tensor([0]), points=points, labels=labels))
+        ours = made.decode(heads.Embedding(image), heads.Prompts(torch.tensor([0]), points=points, labels=labels))
         sparse, dense = theirs["prompt_encoder"](points.flip(-1)[None], labels[None], None, None)
     else:
         boxes = torch.tensor([[[8.0, 20.0], [30.0, 60.0]]])
-        ours = made.decode(image, heads.Prompts(torch.tensor([0]), boxes=boxes))
+        ours = made.decode(heads.Embedding(image), heads.Prompts(torch.tensor([0]), boxes=boxes))
         sparse, dense = theirs["prompt_encoder"](None, None, boxes.flip(-1).flatten(1)[None], None)
     steps = (torch.arange(8) + 0.5) / 8
     place = theirs["prompt_encoder"].shared_embedding(torch.stack(torch.meshgrid(steps, steps, indexing="xy"), -1)).permute(2, 0, 1)[None]
