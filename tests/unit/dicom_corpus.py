@@ -5,6 +5,7 @@ its place in the patient is worked out here from the header's definition (PS3.3 
 test. ``python tests/unit/dicom_corpus.py`` prints docs/odd-inputs-dicom.md.
 """
 
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -187,6 +188,18 @@ def cut(files: list[Path], which: int) -> list[Path]:
     file = next(f for f in files if f.stem == hash_name(which))
     file.write_bytes(file.read_bytes()[:-12])
     return files
+
+
+def alter(file: Path, old: bytes, new: bytes) -> Path:
+    data = file.read_bytes()
+    assert old in data
+    file.write_bytes(data.replace(old, new, 1))
+    return file
+
+
+def j2k(folder: Path) -> Path:
+    (file,) = write(folder, [ds(pixels=large(0.0))], JPEG2000Lossless)
+    return file
 
 
 def item(**values) -> Dataset:
@@ -398,6 +411,33 @@ def agrees(affine: np.ndarray, voxels: np.ndarray, truth: Truth, same_size=True)
     return bool(np.allclose(voxels[0][tuple(near.T)], truth.values, rtol=1e-5, atol=1e-3))
 
 
+def one(folder: Path, policy="strict", syntax=ExplicitVRLittleEndian, **more):
+    """The only image of a study of one file."""
+    from medvlm.imaging.dicom import read_dicom
+
+    (image,) = read_dicom(write(folder, [ds(**more)], syntax), policy)[0].images
+    return image
+
+
+def codes(image) -> set[str]:
+    return {w.split(":")[0] for w in image.info["warnings"]}
+
+
+def refusal(files: list[Path], policy="strict"):
+    """The error that reading these files down to their pixels ends in."""
+    from medvlm.errors import MedVLMError
+    from medvlm.imaging.dicom import read_dicom
+    from medvlm.imaging.scan import Volume
+
+    try:
+        for study in read_dicom(files, policy):
+            for image in study.images:
+                _ = image.voxels if isinstance(image, Volume) else image.pixels
+    except MedVLMError as error:
+        return error
+    raise AssertionError("the files were read and not refused")
+
+
 def of_medvlm(files: list[Path], policy: str, truths: list[Truth]) -> tuple[str, list[str]]:
     """"right", "wrong" or the code of the refusal; and the codes of the warnings."""
     from medvlm.errors import MedVLMError
@@ -492,13 +532,15 @@ def table(folder: Path) -> tuple[str, dict[str, int]]:
     return "\n".join(lines), counts
 
 
+def rows(data: Path) -> list[dict]:
+    """The manifest of the shared folder's odd files."""
+    return [json.loads(line) for line in (data / "dicom_odd" / "manifest.jsonl").read_text().splitlines()]
+
+
 def odd_files(data: Path) -> str:
     """What each file of the shared folder gives, beside what pydicom gives."""
-    import json
-
-    rows = [json.loads(line) for line in (data / "dicom_odd" / "manifest.jsonl").read_text().splitlines()]
     lines, classes = [], {}
-    for row in rows:
+    for row in rows(data):
         got = of_file(data / "dicom_odd" / row["image"])
         pydicom_says = (row["labels"]["expect"].get("decoded") or {}).get("ok", False)
         kind = "an image, equal to pydicom's (7 of them 12-bit JPEG, which pydicom cannot decode here)" if got.startswith("read") else f"`{got}`"
@@ -506,7 +548,7 @@ def odd_files(data: Path) -> str:
         lines.append(f"| {row['image']} | {got} | {'decodes' if pydicom_says else 'does not decode'} |")
     top = "\n".join(f"| {kind} | {count} |" for kind, count in sorted(classes.items(), key=lambda x: -x[1]))
     full = "\n".join(["| file | medvlm | pydicom |", "| --- | --- | --- |", *lines])
-    return f"| result | files |\n| --- | --- |\n{top}\n\n<details><summary>all {len(rows)} files</summary>\n\n{full}\n\n</details>"
+    return f"| result | files |\n| --- | --- |\n{top}\n\n<details><summary>all {len(lines)} files</summary>\n\n{full}\n\n</details>"
 
 
 def of_file(path: Path) -> str:
