@@ -107,3 +107,22 @@ def test_colour_and_volumes_keep_their_shape():
     assert window.display(Image("a", deep)).ravel().tolist() == [0, 128, 255]
     assert window.display(Volume("v", np.zeros((1, 2, 3, 4), np.int16), np.eye(4))).shape == (2, 3, 4)
     assert window.display(Volume("v", np.zeros((3, 2, 3, 4), np.uint8), np.eye(4))).shape == (2, 3, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("array", "info"),
+    [
+        (np.arange(600, dtype=np.int16), {}),
+        (np.arange(600, dtype=np.int16), {"windows": [(300, 200, "")], "inverted": True}),
+        (np.arange(600, dtype=np.uint8), {"inverted": True}),
+        (np.arange(600) % 7, {"voi_lut": [{"first": 2, "values": [0, 9, 250, 255], "bits": 8}]}),
+        (np.arange(600, dtype=np.uint16) * 100, {"colour": True}),
+        (np.linspace(-3, 5, 600), {"colour": True}),
+    ],
+)
+def test_a_part_is_shown_as_it_is_in_the_whole(array, info):
+    array = array.reshape(3, 10, 20) if info.pop("colour", False) else array.reshape(1, 30, 20)
+    whole = window.look(array, info)(array)
+    assert whole.dtype == np.uint8 and len(np.unique(whole)) > 3
+    assert np.array_equal(window.look(array, info)(array[:, 3:9, 5:]), whole[:, 3:9, 5:])
+    assert np.array_equal(window.show(array, info), whole[0] if len(whole) == 1 else whole.transpose(1, 2, 0))
