@@ -167,7 +167,7 @@ def place(module, device: str | None):
 def pretrained(kind, source: str | Path, **options):
     """``kind.from_pretrained(source)`` of a transformers class, quietly, from safetensors, without running code of the checkpoint.
 
-    A local folder is read without the network. options: further arguments of ``from_pretrained``.
+    A local folder is read without the network, into float32. options: further arguments of ``from_pretrained``.
 
     Raises:
         ModelError: BAD_CHECKPOINT when it cannot be read, or when weights are missing, unknown or of the wrong shape.
@@ -179,8 +179,8 @@ def pretrained(kind, source: str | Path, **options):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, info = kind.from_pretrained(source, output_loading_info=True, use_safetensors=True, trust_remote_code=False, dtype=torch.float32,
-                                           local_files_only=Path(source).is_dir(), **options)  # fmt: skip
+        model, info = kind.from_pretrained(source, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
+                                           local_files_only=Path(source).is_dir(), **{"dtype": torch.float32} | options)  # fmt: skip
     except MedVLMError:
         raise
     except Exception as error:  # transformers, tokenizers and safetensors have kinds of their own, and a file can be anything
