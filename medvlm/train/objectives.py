@@ -7,6 +7,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import vlm
+from ..encoders.base import Features
 from ..errors import ModelError
 from ..heads.mask import Prompts
 from ..language import Batch
@@ -31,7 +33,7 @@ def mask(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     if batch.seg is None or not len(batch.seg):
         return {}
     head = model.heads["mask"]
-    ((name, features),) = out.features.items()
+    features = _seen(out)
     embedding = head.embed(features)
     index = torch.tensor([k for _, k in batch.seg_image], device=batch.ids.device)
     target, weak, present, label = (batch.targets[k] for k in ("mask", "weak", "present", "label"))
@@ -117,7 +119,7 @@ def classify(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     if not out.features:
         return {}
     head = model.heads["classify"]
-    ((name, features),) = out.features.items()
+    features = _seen(out)
     logits, target = head(features).float(), batch.targets["labels"]
     grouped = torch.zeros(len(head.labels), dtype=torch.bool, device=logits.device)
     losses: dict[str, Tensor] = {}
@@ -163,7 +165,7 @@ def _pairs(model: MedVLM, batch: Batch, out: Output):
     if not out.features:
         return None
     head, caption = model.heads["contrast"], batch.targets["text"]
-    ((name, features),) = out.features.items()
+    features = _seen(out)
     if len(features.pooled) != len(caption["ids"]):
         raise ModelError(f"the batch has {len(features.pooled)} pictures but {len(caption['ids'])} captions", "BAD_RECIPE", "give each picture one caption")
     text = model.encoders["text"](caption["ids"], caption["attention"])
@@ -188,7 +190,7 @@ def box(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     head, losses = model.heads["box"], {}
     if not out.features:
         return {}
-    ((name, features),) = out.features.items()
+    features = _seen(out)
     if head.dense is not None and "boxes" in batch.targets and batch.targets["boxes"]["told"].any():
         losses |= _objects(head, head(features), batch.targets["boxes"])
     if head.asked is not None and batch.seg is not None and len(batch.seg):
@@ -250,8 +252,21 @@ def giou_loss(a: Tensor, b: Tensor) -> Tensor:
 
 
 def find(names: str):
-    """The objectives of "lm+mask+classify", in order."""
+    """The objectives of "lm+mask+classify", in order: those of this file, and those of heads that bring an ``objective``."""
     known = {f.__name__: f for f in (lm, mask, classify, clip, siglip, box)}
-    if wrong := [n for n in names.split("+") if n not in known]:
-        raise ModelError(f"there is no objective {wrong[0]!r}; there are: {', '.join(known)}", "BAD_RECIPE")
-    return [known[n] for n in names.split("+")]
+    brought, found = vlm.names("heads", "objective"), []
+    for name in names.split("+"):
+        objective = known.get(name) or (name in brought and getattr(vlm.find("heads", name, "objective"), "objective", None))
+        if not objective:
+            raise ModelError(f"there is no objective {name!r}; there are: {', '.join((*known, *brought))}", "BAD_RECIPE")
+        found.append(objective)
+    return found
+
+
+def _seen(out: Output) -> Features:
+    """The features of the batch's pictures."""
+    if len(out.features) > 1:
+        raise ModelError(f"an objective takes pictures of one encoder a batch, not of {', '.join(out.features)}", "BAD_RECIPE",
+                         "mix only data sets that one encoder sees")  # fmt: skip
+    (features,) = out.features.values()
+    return features

@@ -1,10 +1,16 @@
 """The contrastive and the box head: papers' formulas, the libraries they come from, and what they learn."""
 
 import math
+import re
+import shutil
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
@@ -518,6 +524,81 @@ def test_what_is_no_box_is_not_written(box, size, style):
     with pytest.raises(MedVLMError) as e:
         box_text(box, size, style=style)
     assert e.value.code == "BAD_ARGUMENT"
+
+
+HOUSE = Path(vlm.__file__).parent
+DROPPED = """
+import tiny, torch
+from medvlm import cli
+from medvlm.language import Batch
+from medvlm.train import objectives
+from medvlm.vlm import MedVLM, Output
+
+tokenizer = tiny.tokenizer()
+config = tiny.config(tokenizer)
+config.parts["heads"] = {"area": {"file": "area", "args": {"lm_dim": 32}}}
+model = MedVLM(config)
+mask = torch.zeros(2, 64, 64)
+mask[0, :32] = 1
+words = torch.ones(2, 6, dtype=torch.bool)
+batch = Batch(torch.ones(2, 6, dtype=torch.long), None, None, seg=torch.tensor([[0, 5], [1, 5]]), seg_words=words, targets={"mask": mask})
+out = Output(logits=None, hidden=torch.randn(2, 6, 32), features={}, at=None)
+(learn,) = objectives.find("area")
+optimizer = torch.optim.Adam(model.heads.parameters(), lr=0.1)
+for _ in range(30):
+    optimizer.zero_grad()
+    loss = learn(model, batch, out)["area"]
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.heads.parameters())
+    optimizer.step()
+said = model.heads["area"](model.seg_states(batch, out)).sigmoid()
+assert abs(said[0] - 0.5) < 0.1 and said[1] < 0.1, said
+model.save_pretrained("saved")
+again = MedVLM.from_pretrained("saved")
+assert torch.equal(again.heads["area"](again.seg_states(batch, out)).sigmoid(), said)
+assert cli.main(["list", "heads"]) == 0
+"""
+
+
+def test_the_head_of_the_guide_is_one_file(tmp_path):
+    """docs/add-a-head.md: its file dropped into the folder is listed, trained, saved and loaded; no other is edited."""
+    shutil.copytree(HOUSE, tmp_path / "medvlm", ignore=shutil.ignore_patterns("__pycache__", "models", "demo"))
+    (code,) = re.findall(r"```python\n(.*?)```", (HOUSE.parent / "docs/add-a-head.md").read_text(), re.DOTALL)
+    (tmp_path / "medvlm/heads/area.py").write_text(code)
+    shutil.copy(Path(tiny.__file__), tmp_path)
+    done = subprocess.run([sys.executable, "-c", DROPPED], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "area" in [line.split()[0] for line in done.stdout.splitlines() if line] and "area" not in vlm.names("heads")
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_heads_answer_the_same_after_saving(kind, tmp_path):
+    config = tiny.config(tiny.tokenizer())
+    dims, strides = config.parts["heads"]["mask"]["args"]["level_dims"], config.parts["heads"]["mask"]["args"]["level_strides"]
+    config.parts["heads"] = {
+        "contrast": {"file": "contrast", "args": {"dim": dims[-1], "text_dim": 6, "embed_dim": 8, "kind": kind}},
+        "box": {"file": "box", "args": {"dim": dims[-1], "level_dims": dims, "level_strides": strides, "labels": ["cell"], "lm_dim": 32, "width": 32, "heads": 4}},
+    }
+    model = vlm.MedVLM(config).eval()
+    for parameter in model.heads.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.1
+    model.save_pretrained(tmp_path)
+    again = vlm.MedVLM.from_pretrained(tmp_path).eval()
+    (seen,) = model.encode({"picture": torch.rand(2, 1, 64, 64)}).values()
+    states, image, text = torch.randn(3, 2, 32), torch.tensor([0, 1, 1]), features(torch.randn(4, 6))
+
+    def answers(m):
+        with torch.no_grad():
+            return [m.heads["contrast"](seen, text), *m.heads["box"](seen), *m.heads["box"].from_states(seen, states, image)]
+
+    assert all(torch.equal(a, b) for a, b in zip(answers(model), answers(again), strict=True)) and len(answers(model)) == 6
+
+
+def test_an_objective_takes_one_encoder():
+    model, given, out = contrast("clip")
+    out.features["other"] = out.features["picture"]
+    with pytest.raises(MedVLMError, match="picture, other"):
+        objectives.clip(model, given, out)
 
 
 def test_the_heads_are_listed():
