@@ -16,12 +16,14 @@ PRESETS: dict[str, tuple[float, float]] = {
     "liver": (90, 150),
     "bone": (480, 2500),
     "brain": (40, 80),
+    "mediastinum": (50, 350),
 }
-"""(centre, width) in HU. Source: OHIF viewer 3, default window level presets (there written width / centre)."""
+"""(centre, width) in HU. Source: OHIF viewer 3, default window level presets (there written width / centre); the
+mediastinum: Radiopaedia, "Windowing (CT)"."""
 
 MEDGEMMA: tuple[tuple[float, float], ...] = ((0, 2048), (40, 350), (40, 80))
 """(centre, width) in HU of the red, green and blue channel: -1024..1024, -135..215 and 0..80.
-Source: MedGemma 1.5 model card, CT input."""
+Source: MedGemma 1.5 model card, CT input; Google-Health/medgemma, notebooks/high_dimensional_ct_hugging_face.ipynb."""
 
 TAILS = (0.5, 99.5)
 """Percentiles that become black and white where a picture brings no window."""
@@ -52,6 +54,26 @@ def apply(values: np.ndarray, centre: float, width: float, function: str = "line
     else:
         y = (x - (centre - 0.5)) / (width - 1) + 0.5
     return np.nan_to_num(np.clip(y, 0, 1), nan=0.0).astype(np.float32, copy=False)
+
+
+def named(windows: Iterable[str | tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """(centre, width) pairs of windows given by name or as pairs; "medgemma" stands for its three.
+
+    Raises:
+        UsageError: BAD_ARGUMENT for an unknown name or an impossible pair, with the names there are.
+    """
+    known = {name: (pair,) for name, pair in PRESETS.items()} | {"medgemma": MEDGEMMA}
+    pairs = []
+    for window in windows:
+        if isinstance(window, str):
+            if window not in known:
+                raise UsageError(f"there is no window {window[:40]!r}; there are: {', '.join(known)}", "BAD_ARGUMENT")
+            pairs += known[window]
+        elif len(window) != 2 or not _valid(*window, "linear"):
+            raise UsageError(f"a window is a name or (centre, width >= 1), not {window!r:.60}", "BAD_ARGUMENT")
+        else:
+            pairs.append((float(window[0]), float(window[1])))
+    return tuple(pairs)
 
 
 def display(image: Image | Volume) -> np.ndarray:

@@ -1,31 +1,27 @@
 """Two linear layers from the encoder's tokens to the language model's, one token each.
 
-Source: LLaVA-1.5, Liu et al. 2023, arXiv:2310.03744, section 3.2 (mlp2x_gelu).
+Source: LLaVA-1.5, Liu et al. 2023, arXiv:2310.03744, section 3.2 (mlp2x_gelu), which has no LayerNorm in front.
 """
 
 from __future__ import annotations
 
-from math import prod
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..encoders.base import Features
+from .base import Projector, mlp
 
 
-class MLP(nn.Module):
+class MLP(Projector):
     """Features -> (B, N, lm_dim)."""
 
-    def __init__(self, dim: int, lm_dim: int):
-        super().__init__()
-        self.layers = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, lm_dim), nn.GELU(), nn.Linear(lm_dim, lm_dim))
-
-    def count(self, grid: tuple[int, ...]) -> int:
-        """Language-model tokens an image takes."""
-        return prod(grid)
+    def __init__(self, dim: int, lm_dim: int, norm: bool):
+        super().__init__(dim)
+        self.layers = mlp(dim, lm_dim, norm)
 
     def forward(self, features: Features) -> Tensor:
-        return self.layers(features.tokens)
+        return self.layers(self.tokens(features))
 
 
-def build(dim: int, lm_dim: int) -> MLP:
-    return MLP(dim, lm_dim)
+def build(dim: int, lm_dim: int, norm: bool = True) -> MLP:
+    """norm: a LayerNorm in front; False is LLaVA's own projector."""
+    return MLP(dim, lm_dim, norm)
