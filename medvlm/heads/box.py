@@ -84,10 +84,11 @@ class BoxHead(nn.Module):
         out = []
         for logits, distances, centreness in zip(*(x.float() for x in boxes)):
             scores = (logits.sigmoid() * centreness.sigmoid()).sqrt().flatten(1)
-            label, cell = (scores > threshold).nonzero(as_tuple=True)
-            d = distances.flatten(1).T[cell]
-            corners = torch.cat([centre[cell] - d[:, :2], centre[cell] + d[:, 2:]], 1)
-            corners = clip_boxes_to_image(corners, (size[1], size[0]))
+            reach = distances.flatten(1).T
+            corners = clip_boxes_to_image(torch.cat([centre - reach[:, :2], centre + reach[:, 2:]], 1), (size[1], size[0]))
+            whole = (corners[:, :2] < corners[:, 2:]).all(1)
+            label, cell = ((scores > threshold) & whole).nonzero(as_tuple=True)
+            corners = corners[cell]
             kept = batched_nms(corners, scores[label, cell], label, overlap)[:most]
             out.append([
                 Detection(int(label[i]), float(scores[label[i], cell[i]]), (tuple(corners[i, :2].tolist()), tuple(corners[i, 2:].tolist())))
@@ -128,8 +129,8 @@ class Asked(nn.Module):
             raise ModelError(f"the box head reads grids of rank {self.rank}, the encoder's is {features.grid}", "BAD_RECIPE", "give the head rank=")
         tokens = self.tokens(features.tokens)
         tokens = tokens + self.position(waves(features.grid, self.FREQUENCIES).to(tokens))
-        query = self.speak(states)
-        read, _ = self.attend(query, tokens[image], tokens[image], need_weights=False)
+        query, seen = self.speak(states), tokens[image]
+        read, _ = self.attend(query, seen, seen, need_weights=False)
         state = self.norm(query + read).mean(1)
         # the upper corner as a share of what lies beyond the lower one: always a box, always inside, no clamp that stops gradients
         lower, share = self.corners(state).sigmoid().unflatten(1, (2, self.rank)).unbind(1)
