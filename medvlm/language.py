@@ -22,9 +22,11 @@ from .sample import IMAGE_MARK, SEG, Sample, Turn
 IMAGE, END, PAD = "<|image|>", "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+"""Contents are text, or transformers' lists of {"type": "image"} and {"type": "text", "text"}."""
 _MARK = re.compile(re.escape(IMAGE_MARK).replace(r"\{\}", r"(.+?)"))
 
 
@@ -49,8 +51,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048):
     )  # fmt: skip
 
 
-def build(model_type: str = "llama", **args):
-    """A causal language model of transformers with random weights, from its configuration's own arguments.
+def build(model_type: str = "llama", weights: str | None = None, **args):
+    """A causal language model of transformers, from its configuration's own arguments with random weights, or from ``weights``.
+
+    weights: a folder or hub name that AutoModelForCausalLM reads (safetensors only); ``vocab_size`` then resizes its
+    embeddings, other arguments are refused.
 
     Raises:
         ModelError: BAD_CHECKPOINT for arguments that would fetch or run code (``auto_map``, attention kernels, ...).
@@ -59,7 +64,23 @@ def build(model_type: str = "llama", **args):
 
     if unsafe := [k for k in args if k.startswith("_") or k in ("auto_map", "attn_implementation", "quantization_config", "trust_remote_code")]:
         raise ModelError(f"the language model's arguments may not hold {', '.join(sorted(unsafe))}", "BAD_CHECKPOINT")
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **args))
+    if weights is None:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **args))
+    if other := sorted(args.keys() - {"vocab_size"}):
+        raise ModelError(f"a language model read from {weights!r} takes no {', '.join(other)}", "BAD_RECIPE", "give weights and vocab_size only")
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the language model {weights!r} cannot be read: {(str(error).splitlines() or [''])[0][:200]}", "BAD_CHECKPOINT") from error
+    if args.get("vocab_size", lm.config.vocab_size) != lm.config.vocab_size:
+        lm.resize_token_embeddings(args["vocab_size"])
+    return lm
+
+
+def arguments(lm) -> dict:
+    """The arguments of :func:`build` that make a language model of this one's shape."""
+    kept = {k: v for k, v in lm.config.to_diff_dict().items() if not k.startswith("_") and k not in ("architectures", "transformers_version", "dtype", "torch_dtype", "auto_map")}
+    return {**kept, "model_type": lm.config.model_type, "vocab_size": lm.config.vocab_size}
 
 
 @dataclass
@@ -94,6 +115,14 @@ class Batch:
             return x.to(device) if isinstance(x, Tensor) else {k: move(v) for k, v in x.items()} if isinstance(x, dict) else x
 
         return Batch(**{k: move(v) for k, v in vars(self).items()})
+
+    def inputs(self) -> dict:
+        """What MedVLM's forward and generate take, but for labels and features."""
+        return {"input_ids": self.ids, "attention_mask": self.attention, "pixel_values": self.images, "image_order": self.order}
+
+    def told(self) -> Tensor:
+        """Columns that predict a label in some row; nobody reads the logits of others while training."""
+        return (self.labels[:, 1:] >= 0).any(0).nonzero()[:, 0]
 
 
 def plain(text: str) -> str:
@@ -154,11 +183,12 @@ def encode(tokenizer, sample: Sample, counts: Mapping[str, int], answer: bool = 
     return Encoded(ids, labels, images)
 
 
-def collate(tokenizer, rows: Sequence[Encoded], places: Sequence[Mapping[str, tuple[str, int]]], images: dict[str, Tensor],
+def collate(tokenizer, rows: Sequence[Encoded], places: Sequence[Mapping[str, Sequence[tuple[str, int]]]], images: dict[str, Tensor],
             left: bool = False) -> Batch:  # fmt: skip
     """Encoded rows as one padded batch.
 
-    places: for each row {image id: (encoder, index into images[encoder])}. left: pad on the left, to generate.
+    places: for each row {image id: [(encoder, index into images[encoder]), ...]}, one for each encoder that sees it.
+    left: pad on the left, to generate.
     """
     width = max(len(r.ids) for r in rows)
     seg_id = tokenizer.convert_tokens_to_ids(SEG)
@@ -170,7 +200,7 @@ def collate(tokenizer, rows: Sequence[Encoded], places: Sequence[Mapping[str, tu
         ids.append(pad(row.ids, tokenizer.pad_token_id))
         labels.append(pad(row.labels, -100))
         attention.append(pad([1] * len(row.ids), 0))
-        order += [place[name] for name in row.images]
+        order += [at for name in row.images for at in place[name]]
         for column, token in enumerate(ids[-1]):
             if token == seg_id:
                 seg.append((i, column))
@@ -179,7 +209,7 @@ def collate(tokenizer, rows: Sequence[Encoded], places: Sequence[Mapping[str, tu
                 words.append([asked <= at < column and t not in special for at, t in enumerate(ids[-1])])
                 if not row.images:
                     raise ModelError("an answer asks for a mask but the conversation has no image", "PLACEHOLDERS")
-                seg_image.append(place[row.images[0]])
+                seg_image.append(place[row.images[0]][0])
     return Batch(
         torch.tensor(ids), torch.tensor(attention), torch.tensor(labels), images, order,
         torch.tensor(seg, dtype=torch.long).reshape(-1, 2), torch.tensor(words, dtype=torch.bool).reshape(-1, width), seg_image,

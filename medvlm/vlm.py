@@ -1,10 +1,12 @@
 """MedVLM: encoders feed a language model through projectors, heads draw and score.
 
 ``config.parts`` = {part: {name: {"file", "args"}}} builds everything; recipe, checkpoint and ``from_pretrained`` share it.
+Importing this module makes transformers know ``model_type="medvlm"``: AutoConfig, AutoModelForImageTextToText, AutoProcessor.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 from collections.abc import Mapping, Sequence
@@ -13,8 +15,17 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput
 
 from . import language
 from .encoders.base import Features
@@ -22,12 +33,13 @@ from .errors import ModelError
 from .heads.mask import Masks, Prompts
 from .language import Batch
 from .preprocess import normalise
+from .processor import MedVLMProcessor
 
 FOLDERS = ("encoders", "projectors", "heads")
 
 
 class MedVLMConfig(PretrainedConfig):
-    """parts: what to build. about: what the model knows (labels, targets, findings, calibration), for predictors."""
+    """parts: what to build. about: what the model knows (routes, labels, targets, findings, calibration), for predictors."""
 
     model_type = "medvlm"
 
@@ -38,103 +50,216 @@ class MedVLMConfig(PretrainedConfig):
 
 
 @dataclass
-class Output:
-    """logits (B, K, V) of the columns ``at`` (K,), all of them unless asked; hidden (B, T, lm_dim); features {encoder: Features}."""
+class Output(ModelOutput):
+    """loss: mean cross-entropy of the labels, None without them. logits (B, K, V) of the columns ``at`` (K,), all of them
+    unless asked. hidden (B, T, lm_dim). features {encoder: Features}."""
 
-    logits: Tensor
-    hidden: Tensor
-    features: dict[str, Features]
-    at: Tensor
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+    features: dict[str, Features] | None = None
+    at: Tensor | None = None
 
 
 class MedVLM(PreTrainedModel, GenerationMixin):
     """A vision-language model for medical images.
 
-    Encoders are chosen by image modality (``config.about["routes"]``, "*" for all). Loading builds parts only from this
-    package's folders or installed entry points, never from a path named in the checkpoint.
+    Encoders are chosen by image modality (``config.about["routes"]``: an encoder's name or a list of them, whose tokens
+    then follow one another; "*" for all others). Loading builds parts only from this package's folders or installed entry
+    points, never from a path named in the checkpoint. A part's ``weights`` argument is read when a model is made, and
+    then forgotten: a saved model holds its own.
     """
 
     config_class = MedVLMConfig
     base_model_prefix = "medvlm"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
 
     def __init__(self, config: MedVLMConfig):
         super().__init__(config)
+        if torch.get_default_device().type == "meta" and (named := [n for n, args in _arguments(config.parts) if "weights" in args]):
+            raise ModelError(f"the configuration of a saved model asks for other weights ({', '.join(named)})", "BAD_CHECKPOINT",
+                             'remove "weights" from its config.json')  # fmt: skip
         # transformers builds on the meta device; parts hold buffers computed at construction, so build them for real
         with torch.device("cpu"):
             for folder in FOLDERS:
                 parts = config.parts.get(folder, {})
                 setattr(self, folder, nn.ModuleDict({name: build_part(folder, **part) for name, part in parts.items()}))
-            self.lm = language.build(**config.parts["language"]["lm"]["args"]) if "language" in config.parts else None
+            lm = config.parts["language"]["lm"]["args"] if "language" in config.parts else None
+            self.lm = None if lm is None else language.build(**lm)
+        config.parts = copy.deepcopy(config.parts)
+        for name, part in config.parts.get("encoders", {}).items():
+            if (part.get("args") or {}).get("weights") and getattr(self.encoders[name], "arguments", None):
+                part["args"] = self.encoders[name].arguments  # the weights told its shape and how its input is prepared
+        for _, args in _arguments(config.parts):
+            args.pop("weights", None)
+        if lm is not None and "weights" in lm:
+            config.parts["language"]["lm"]["args"] = language.arguments(self.lm)
         for module in self.modules():
             module._non_persistent_buffers_set.clear()  # else a reload leaves them as uninitialised memory
             # the parts' own initialisation stands; were the parameters marked too, missing weights would not be reported
             module._is_hf_initialized = True
         self.post_init()
 
-    def route(self, modality: str) -> str:
-        """Name of the encoder that sees images of this modality."""
+    def route(self, modality: str) -> tuple[str, ...]:
+        """Names of the encoders that see images of this modality; heads read the first one.
+
+        Raises:
+            ModelError: OUT_OF_SCOPE when none does.
+        """
         routes = self.config.about.get("routes", {})
-        name = routes.get(modality, routes.get("*"))
-        if name is None:
+        names = routes.get(modality, routes.get("*"))
+        if not names:
             raise ModelError(f"no encoder of this model sees {modality} images; it sees {', '.join(routes)}", "OUT_OF_SCOPE")
-        return name
+        return (names,) if isinstance(names, str) else tuple(names)
 
     def count(self, name: str) -> int:
         """Placeholder tokens that an image of this encoder takes."""
         return self.projectors[name].count(self.encoders[name].grid())
 
+    def tokens(self, modality: str) -> int:
+        """Placeholder tokens that an image of this modality takes."""
+        return sum(self.count(name) for name in self.route(modality))
+
+    def head(self, kind: str, encoder: str) -> nn.Module | None:
+        """The head of a kind that reads an encoder: the one named ``kind_encoder``, else ``kind``, else None."""
+        for name in (f"{kind}_{encoder}", kind):
+            if name in self.heads:
+                return self.heads[name]
+        return None
+
+    @property
+    def guided(self) -> bool:
+        """Whether the question changes what an image's tokens are, so that questions cannot share them."""
+        return any(getattr(p, "guided", False) for p in self.projectors.values())
+
+    def processor(self, tokenizer) -> MedVLMProcessor:
+        """What makes this model's inputs out of text and images, to be saved beside it."""
+        specs = {name: vars(e.spec) | {"count": self.count(name)} for name, e in self.encoders.items() if name in self.projectors}
+        return MedVLMProcessor(tokenizer, specs, self.config.about.get("routes", {}))
+
+    def get_input_embeddings(self):
+        return self.lm.get_input_embeddings()
+
+    def get_output_embeddings(self):
+        return self.lm.get_output_embeddings()
+
     def encode(self, images: Mapping[str, Tensor]) -> dict[str, Features]:
         """{encoder: (K, C, *size) in [0, 1]} -> its features."""
-        return {name: self.encoders[name](normalise(x, self.encoders[name].spec)) for name, x in images.items() if len(x)}
+        return {
+            name: self.encoders[name](normalise(x.to(self.device, torch.float32), self.encoders[name].spec).to(self.dtype))
+            for name, x in images.items() if len(x)
+        }  # fmt: skip
 
-    def splice(self, ids: Tensor, features: Mapping[str, Features], order: Sequence[tuple[str, int]]) -> Tensor:
+    def splice(self, ids: Tensor, features: Mapping[str, Features], order: Sequence[tuple[str, int]], words: Tensor | None = None) -> Tensor:
         """(B, T, lm_dim) embeddings with image tokens in the place of their placeholders.
 
+        words: (B, T) true on what was asked, for projectors that the question guides.
+
         Raises:
-            ModelError: PLACEHOLDERS when their number is not the number of tokens the images give.
+            ModelError: PLACEHOLDERS when a row does not hold as many as its images give.
         """
         embeds = self.lm.get_input_embeddings()(ids)
         where = ids == self.config.image_token_id
-        projected = {name: self.projectors[name](f) for name, f in features.items()}
-        tokens = torch.cat([projected[name][k] for name, k in order]) if order else embeds.new_zeros(0, embeds.shape[-1])
-        if int(where.sum()) != len(tokens):
-            raise ModelError(f"the text holds {int(where.sum())} image placeholders but the images give {len(tokens)} tokens", "PLACEHOLDERS")
-        return embeds.masked_scatter(where[..., None], tokens.to(embeds.dtype))
+        rows = self._rows(where, order)
+        projected = {n: self.projectors[n](f) for n, f in features.items() if n in self.projectors and not getattr(self.projectors[n], "guided", False)}
+        tokens = []
+        for row, (name, k) in zip(rows, order):
+            if name in projected:
+                tokens.append(projected[name][k])
+                continue
+            asked = words[row] if words is not None else ~where[row]
+            query = embeds[row][asked].mean(0, keepdim=True)
+            f = features[name]
+            one = Features(f.tokens[k : k + 1], f.grid, f.pooled[k : k + 1], tuple(level[k : k + 1] for level in f.levels))
+            tokens.append(self.projectors[name](one, query)[0])
+        if not tokens:
+            return embeds
+        return embeds.masked_scatter(where[..., None], torch.cat(tokens).to(embeds.dtype))
 
-    def forward(self, batch: Batch, features: Mapping[str, Features] | None = None, labelled: bool = False) -> Output:
-        """Logits and hidden states of a batch; ``features`` of its images when they are known already.
+    def _rows(self, where: Tensor, order: Sequence[tuple[str, int]]) -> list[int]:
+        """The row that each placeholder run stands in."""
+        held, rows, row = where.sum(1).tolist(), [], 0
+        left = list(held)
+        for name, _ in order:
+            need = self.count(name)
+            while row < len(left) and left[row] == 0:
+                row += 1
+            if row == len(left) or left[row] < need:
+                break
+            left[row] -= need
+            rows.append(row)
+        if any(left) or len(rows) != len(order):
+            given = sum(self.count(name) for name, _ in order)
+            raise ModelError(f"the text holds {held if len(held) > 1 else held[0]} image placeholders but the images give {given} tokens", "PLACEHOLDERS",
+                             "was the text cut?")  # fmt: skip
+        return rows
 
-        labelled: logits only at columns that predict a label in some row; elsewhere nobody reads them while training.
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Mapping[str, Tensor] | None = None,
+        image_order: Sequence[tuple[str, int]] | None = None, labels: Tensor | None = None,
+        features: Mapping[str, Features] | None = None, logits_to_keep: Tensor | None = None, return_dict: bool = True,
+    ) -> Output:  # fmt: skip
+        """Logits and hidden states, and the loss where labels are given.
+
+        Args:
+            input_ids, attention_mask, labels: (B, T); -100 in labels where nothing is learnt.
+            pixel_values: {encoder: (K, channels, *size) in [0, 1]}, as :class:`MedVLMProcessor` gives them.
+            image_order: (encoder, k) of each placeholder run in reading order over the batch; one after the other when None.
+            features: of the images, when they are known already.
+            logits_to_keep: columns whose logits are wanted; all when None.
         """
-        features = self.encode(batch.images) if features is None else features
-        at = torch.arange(batch.ids.shape[1], device=batch.ids.device)
-        if labelled:
-            at = at[:-1][(batch.labels[:, 1:] >= 0).any(0)]
+        if not return_dict:
+            raise ModelError("MedVLM answers with named outputs only", "BAD_ARGUMENT", "leave return_dict=True")
+        features = self.encode(pixel_values or {}) if features is None else features
         out = self.lm(
-            inputs_embeds=self.splice(batch.ids, features, batch.order), attention_mask=batch.attention, output_hidden_states=True,
-            logits_to_keep=at if labelled else 0,
+            inputs_embeds=self._embeds(input_ids, attention_mask, features, image_order, labels), attention_mask=attention_mask,
+            output_hidden_states=True, logits_to_keep=0 if logits_to_keep is None else logits_to_keep,
         )  # fmt: skip
-        return Output(out.logits, out.hidden_states[-1], dict(features), at)
+        at = torch.arange(input_ids.shape[1], device=input_ids.device) if logits_to_keep is None else logits_to_keep
+        loss = None
+        if labels is not None:
+            wanted = F.pad(labels[:, 1:], (0, 1), value=-100)[:, at]
+            loss = F.cross_entropy(out.logits[wanted >= 0].float(), wanted[wanted >= 0])
+        return Output(loss, out.logits, out.hidden_states[-1], dict(features), at)
 
     @torch.no_grad()
-    def generate(self, batch: Batch, features: Mapping[str, Features] | None = None, max_new_tokens: int = 64, **options):
-        """Token ids of the answers (without the prompts), (B, <= max_new_tokens); batches are padded on the left."""
-        features = self.encode(batch.images) if features is None else features
-        return self.lm.generate(
-            inputs_embeds=self.splice(batch.ids, features, batch.order), attention_mask=batch.attention,
-            max_new_tokens=max_new_tokens, do_sample=False, **options,
-        )  # fmt: skip
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Mapping[str, Tensor] | None = None,
+        image_order: Sequence[tuple[str, int]] | None = None, features: Mapping[str, Features] | None = None, **options,
+    ):  # fmt: skip
+        """Token ids of the answers, without the prompts. ``options`` are those of transformers' generate; beams share images.
+
+        Raises:
+            ModelError: BAD_ARGUMENT when a batch is not padded on the left.
+        """
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise ModelError("the batch is padded on the right; answers are written after its last column", "BAD_ARGUMENT",
+                             'pad on the left: padding_side="left"')  # fmt: skip
+        features = self.encode(pixel_values or {}) if features is None else features
+        embeds = self._embeds(input_ids, attention_mask, features, image_order, None)
+        return self.lm.generate(inputs_embeds=embeds, attention_mask=attention_mask, **options)
+
+    def _embeds(self, ids, attention, features, order, labels):
+        words = None
+        if self.guided:
+            words = ids != self.config.image_token_id
+            words &= attention.bool() if attention is not None else True
+            words &= (labels < 0) if labels is not None else True
+        order = [(name, k) for name, f in features.items() for k in range(len(f.tokens))] if order is None else order
+        return self.splice(ids, features, order, words)
 
     def masks(self, batch: Batch, out: Output, targets: Sequence[str] = ()) -> Masks:
         """One mask for each <|seg|> of the batch, in reading order. targets: their names, where they are known."""
         names = {name for name, _ in batch.seg_image}
         if len(names) != 1:
             raise ModelError(f"masks are drawn on one encoder at a time, not {sorted(names)}", "BAD_ARGUMENT")
+        (name,) = names
         index = torch.tensor([k for _, k in batch.seg_image], device=batch.ids.device)
-        head = self.heads["mask"]
+        head = self.head("mask", name)
         known = torch.tensor([head.labels.index(t) if t in head.labels else -1 for t in targets], device=index.device) if targets else None
-        return head(out.features[names.pop()], Prompts(index, tokens=self.seg_states(batch, out), named=known))
+        return head(out.features[name], Prompts(index, tokens=self.seg_states(batch, out), named=known))
 
     def seg_states(self, batch: Batch, out: Output) -> Tensor:
         """(S, 2, lm_dim): for each <|seg|> the state that predicts it, and the mean embedding of the words that asked."""
@@ -143,6 +268,11 @@ class MedVLM(PreTrainedModel, GenerationMixin):
         embeds = self.lm.get_input_embeddings()(batch.ids[batch.seg[:, 0]])
         asked = (embeds * words).sum(1) / words.sum(1).clamp(min=1)
         return torch.stack([states, asked.to(states.dtype)], 1)
+
+
+def _arguments(parts: Mapping) -> list[tuple[str, dict]]:
+    """(part's name, its arguments) of everything a configuration builds."""
+    return [(f"{folder}.{name}", part["args"]) for folder, group in parts.items() for name, part in group.items() if part.get("args")]
 
 
 def build_part(folder: str, file: str, args: Mapping | None = None) -> nn.Module:
@@ -182,3 +312,8 @@ def find(folder: str, name: str, attribute: str = "build"):
         if entry.name == name:
             return entry.load()
     return importlib.import_module(f".{folder}.{name}", __package__)
+
+
+AutoConfig.register("medvlm", MedVLMConfig, exist_ok=True)
+AutoModelForImageTextToText.register(MedVLMConfig, MedVLM, exist_ok=True)
+AutoProcessor.register(MedVLMConfig, MedVLMProcessor, exist_ok=True)

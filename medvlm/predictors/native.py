@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,13 +12,27 @@ import torch
 
 from ..datasets import sentences
 from ..datasets.instruct import MODALITY_WORDS, side_of, word
+from ..encoders.base import Features
 from ..errors import MedVLMError, ModelError
 from ..imaging.scan import Image, Study, Volume
-from ..language import END, IMAGE, ROLES, SEG, Batch, collate, encode
+from ..language import END, IMAGE, ROLES, SEG, Batch, Encoded, collate, encode
 from ..preprocess import to_tensor
-from ..sample import Answer, Finding, Measurement, Region, Report, Sample, Segmentation, Sentence, Turn, box_of
+from ..sample import (
+    Answer,
+    Finding,
+    Measurement,
+    Prediction,
+    Region,
+    Report,
+    Sample,
+    Segmentation,
+    Sentence,
+    Turn,
+    box_of,
+)
 from ..vlm import MedVLM
-from .base import Model, check_question, pick
+from .base import Model, check_question, clicks, corners, digest, pick, place, pretrained
+from .prefix import Tree
 
 PRESENT = 0.5
 POSSIBLE = (0.35, 0.65)
@@ -27,6 +41,8 @@ RECOGNISED = 0.5
 """A picture without a header is read when the model takes it for one of its modalities with at least this chance."""
 FOREIGN = 0.05
 """A picture whose header names the right modality is still refused below this chance."""
+REMEMBERED = 4
+"""Images whose features are kept."""
 ALIASES = {"heart": "heart and mediastinum", "mediastinum": "heart and mediastinum", "trachea": "airways",
            "ggo": "ground-glass opacity", "ground glass opacity": "ground-glass opacity", "effusion": "pleural effusion",
            "covid": "COVID-19 pneumonia", "covid-19": "COVID-19 pneumonia", "et tube": "endotracheal tube"}  # fmt: skip
@@ -53,44 +69,23 @@ def load(folder: Path, device: str | None = None) -> NativeModel:
         ModelError: BAD_CHECKPOINT when weights are missing, unknown or of the wrong shape.
     """
     from transformers import PreTrainedTokenizerFast
-    from transformers.utils import logging
 
     if not (folder / "model.safetensors").is_file():
         raise ModelError("the model folder has no model.safetensors", "BAD_CHECKPOINT")
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    model = pretrained(MedVLM, folder)
     try:
-        model, info = MedVLM.from_pretrained(folder, output_loading_info=True, local_files_only=True, use_safetensors=True, dtype=torch.float32)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except MedVLMError:
-        raise
-    except Exception as error:  # transformers, tokenizers and safetensors have kinds of their own, and a file can be anything
-        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"the model folder cannot be read: {said}", "BAD_CHECKPOINT") from error
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-    wrong = {k: sorted(map(str, v))[:3] for k, v in info.items() if v}
-    if wrong:
-        raise ModelError(f"the weights do not fit the configuration: {wrong}", "BAD_CHECKPOINT")
+    except Exception as error:  # tokenizers has kinds of its own, and a file can be anything
+        raise ModelError(f"the tokenizer cannot be read: {(str(error).splitlines() or [''])[0][:200]}", "BAD_CHECKPOINT") from error
     if model.lm is None:
         raise ModelError("the model has no language model", "BAD_CHECKPOINT")
     if len(tokenizer) != model.lm.config.vocab_size:
         raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the language model {model.lm.config.vocab_size}", "BAD_CHECKPOINT")
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    with (folder / "model.safetensors").open("rb") as weights:
-        digest = hashlib.file_digest(weights, "sha256").hexdigest()
-    try:
-        model = model.to(device or best)
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"the device {device or best!r} cannot be used here", "BAD_ARGUMENT", "use cpu, cuda, cuda:1 or mps") from error
-    return NativeModel(model.eval(), tokenizer, digest)
+    return NativeModel(place(model, device), tokenizer, digest(folder / "model.safetensors"))
 
 
 class NativeModel(Model):
-    """A MedVLM that can be asked. One image's features are kept, so that further questions on it cost little."""
+    """A MedVLM that can be asked. Features and key-values of the last images are kept, so that further questions cost little."""
 
     def __init__(self, vlm: MedVLM, tokenizer, sha256: str | None = None):
         about = vlm.config.about
@@ -98,28 +93,79 @@ class NativeModel(Model):
         self.name, self.version = about.get("name", "medvlm"), about.get("version", "0")
         self.reads = tuple(about.get("reads", ()))
         self.targets, self.findings = tuple(about.get("targets", ())), tuple(about.get("findings", ()))
-        self._seen: tuple | None = None
+        self._seen: dict[int, tuple] = {}
+        self._trunk: tuple | None = None
 
     def ask(self, study, question: str, image: str | None = None) -> Answer:
         question = check_question(question)
-        picture = self._readable(study, image)
-        choices = choices_of(question)
-        if choices:
-            chances = self.choose(picture, question, choices)
-            text = max(chances, key=chances.get)
-            return Answer(text, chances[text], chances, self._mentioned(picture, question) if text != "no" else ())
-        (text,), (chance,) = self._write(picture, [question])
-        return Answer(text, chance, None, self._mentioned(picture, question))
+        images = self._images(study, image)
+        ((text, chance, chances),) = self._answers(images, [_turns(question)], [choices_of(question)])
+        regions = () if text == "no" else tuple(r for picture in images.values() for r in self._mentioned(picture, question))
+        return Answer(text, chance, chances, regions)
+
+    def predict(self, samples: Sequence[Sample]) -> list[Prediction]:
+        """As :meth:`Model.predict`; samples about the same images share one encoding and one prefilled prefix."""
+        found: dict[int, Prediction] = {}
+        groups: dict[tuple, list[int]] = {}
+        for i, sample in enumerate(samples):
+            if sample.masks or not sample.images:
+                found[i] = self._one(sample)
+            else:
+                groups.setdefault(tuple((key, id(x)) for key, x in sample.images.items()), []).append(i)
+        for group in groups.values():
+            try:
+                found |= zip(group, self._together([samples[i] for i in group]))
+            except Exception:  # of one of them, which gets its error as a row; the others keep their answers
+                found |= {i: self._one(samples[i]) for i in group}
+        return [found[i] for i in range(len(samples))]
+
+    def _answer(self, sample: Sample) -> Prediction:
+        return self._together([sample])[0]
+
+    def _together(self, samples: Sequence[Sample]) -> list[Prediction]:
+        """Predictions for samples about the same images."""
+        began = time.perf_counter()
+        images = samples[0].images
+        for picture in images.values():
+            self._may_read(picture)
+        asked = []
+        for sample in samples:
+            check_question(sample.question)
+            asked.append(sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns)
+        choices = [s.choices or choices_of(s.question) for s in samples]
+        answers = self._answers(images, asked, choices)
+        regions = [
+            tuple(r for p in images.values() for r in self._mentioned(p, s.question)) if s.regions and text != "no" else ()
+            for s, (text, *_) in zip(samples, answers)
+        ]
+        share = (time.perf_counter() - began) / len(samples)
+        return [Prediction(s.id, text, chance, chances, places, seconds=share) for s, (text, chance, chances), places in zip(samples, answers, regions)]
+
+    def choose(self, picture: Image | Volume, question: str, choices: Sequence[str]) -> dict[str, float]:
+        """{choice: probability}, from the chance the language model gives each whole answer; yes/no is calibrated."""
+        return self._answers({picture.id: picture}, [_turns(question)], [choices])[0][2]
 
     @torch.no_grad()
-    def choose(self, picture: Image, question: str, choices: Sequence[str]) -> dict[str, float]:
-        """{choice: probability}, from the chance the language model gives each whole answer; yes/no is calibrated."""
-        scores = self._likelihood(picture, [(question, c) for c in choices])
-        if tuple(choices) == ("yes", "no"):
-            scale, shift = self.vlm.config.about.get("calibration", {}).get("yes_no", (1.0, 0.0))
-            yes = float(torch.sigmoid((scores[0] - scores[1]) * scale + shift))
-            return {"yes": yes, "no": 1 - yes}
-        return dict(zip(choices, scores.softmax(0).tolist()))
+    def _answers(self, images: Mapping[str, Image | Volume], asked: Sequence[Sequence[Turn]], choices: Sequence[Sequence[str] | None]):
+        """(text, probability, {choice: probability} | None) of each conversation; closed ones are scored, not written."""
+        closed = [(i, c) for i, kinds in enumerate(choices) for c in kinds or ()]
+        scores = iter(self._likelihood(images, [(*asked[i], Turn("assistant", c)) for i, c in closed]).tolist() if closed else ())
+        free = [i for i, kinds in enumerate(choices) if not kinds]
+        written = iter(zip(*self._write(images, [asked[i] for i in free])) if free else ())
+        answers = []
+        for kinds in choices:
+            if not kinds:
+                answers.append((*next(written), None))
+                continue
+            score = torch.tensor([next(scores) for _ in kinds])
+            chances = dict(zip(kinds, score.softmax(0).tolist()))
+            if tuple(kinds) == ("yes", "no"):
+                scale, shift = self.vlm.config.about.get("calibration", {}).get("yes_no", (1.0, 0.0))
+                yes = float(torch.sigmoid((score[0] - score[1]) * scale + shift))
+                chances = {"yes": yes, "no": 1 - yes}
+            text = max(chances, key=chances.get)
+            answers.append((text, chances[text], chances))
+        return answers
 
     def segment(self, study, target=None, *, points=None, boxes=None, image=None) -> Segmentation:
         picture = self._readable(study, image)
@@ -151,10 +197,29 @@ class NativeModel(Model):
         return {label: chances[name] for label, name in wanted.items()}
 
     def scope(self, image: Image | Volume) -> str | None:
-        if isinstance(image, Volume):
-            return f"{self.name} reads single pictures ({', '.join(self.reads)}), not {image.modality} volumes"
+        try:
+            first = self.vlm.route(image.modality)[0]
+        except ModelError as error:
+            return error.message
+        rank = len(self.vlm.encoders[first].spec.size)
+        if rank != len(image.shape) - 1:
+            given = "volumes" if isinstance(image, Volume) else "single pictures"
+            return f"{self.name} reads {'single pictures' if rank == 2 else 'volumes'} ({', '.join(self.reads)}), not {image.modality} {given}"
         if image.modality not in (*self.reads, "unknown"):
             return f"{self.name} has not learned to read {image.modality} images (it reads {', '.join(self.reads)})"
+        if image.modality in ("xray", "unknown") and "xray" in self.reads and (reason := self._other_xray(image)):
+            return reason
+        if self.vlm.head("classify", first) is None:
+            return None
+        chances = {k.removeprefix("modality:"): v for k, v in self._chances(image).items() if k.startswith("modality:")}
+        mine = sum(chances.get(m, 0.0) for m in self.reads)
+        if chances and mine < (RECOGNISED if image.modality == "unknown" else FOREIGN):
+            likeliest = max(chances, key=chances.get)
+            return f"the picture looks like {MODALITY_WORDS.get(likeliest, likeliest)} ({chances[likeliest]:.0%}), which {self.name} has not learned to read"
+        return None
+
+    def _other_xray(self, image: Image | Volume) -> str | None:
+        """Why an X-ray is not a frontal one of the chest, by its header."""
         if image.info.get("code") not in (None, "CR", "DX", "RG"):
             return f"{self.name} has learned plain chest X-rays only; the header names another kind of X-ray"
         part = str(image.info.get("body_part") or "").upper()
@@ -162,13 +227,6 @@ class NativeModel(Model):
             return f"{self.name} has learned chest X-rays only; the header names another body part"
         if re.search(r"\b(LL|RL|LATERAL)\b", str(image.info.get("view") or "").upper()):
             return f"{self.name} has learned frontal views only; the header names a lateral one"
-        if "classify" not in self.vlm.heads:
-            return None
-        chances = {k.removeprefix("modality:"): v for k, v in self._chances(image).items() if k.startswith("modality:")}
-        mine = sum(chances.get(m, 0.0) for m in self.reads)
-        if chances and mine < (RECOGNISED if image.modality == "unknown" else FOREIGN):
-            likeliest = max(chances, key=chances.get)
-            return f"the picture looks like {MODALITY_WORDS.get(likeliest, likeliest)} ({chances[likeliest]:.0%}), which {self.name} has not learned to read"
         return None
 
     def report(self, study, image=None) -> Report:
@@ -184,7 +242,7 @@ class NativeModel(Model):
             side = self._side(finding.label, outlines) if state != "absent" else None
             prompts.append(sentences.prompt(finding.label, state, side))
             meanings.append((finding.label, state, side))
-        texts, _ = self._write(picture, prompts)
+        texts, _ = self._write({picture.id: picture}, [_turns(p) for p in prompts])
         said = []
         for k, (text, meaning) in enumerate(zip(texts, meanings)):
             if not sentences.says(text, *meaning):  # the model's words must say what its numbers say
@@ -218,11 +276,21 @@ class NativeModel(Model):
             return None  # a side is told only where both lungs are outlined and hold most of the finding
         return side_of(own.mask, right, left)
 
-    def _readable(self, study: Study | str | Path, image: str | None) -> Image:
+    def _readable(self, study: Study | str | Path, image: str | None) -> Image | Volume:
         picture = pick(study, image, self.reads)
+        self._may_read(picture)
+        return picture
+
+    def _may_read(self, picture: Image | Volume) -> None:
         if reason := self.scope(picture):
             raise ModelError(reason, "OUT_OF_SCOPE")
-        return picture
+
+    def _images(self, study, image: str | None) -> dict[str, Image | Volume]:
+        """What a question is about: one image, or one of each study of a list (views, or a prior and the present one)."""
+        several = isinstance(study, Sequence) and not isinstance(study, str)
+        pictures = [self._readable(one, image) for one in (study if several else [study])]
+        clash = len({p.id for p in pictures}) < len(pictures)
+        return {f"{k}-{p.id}" if clash else p.id: p for k, p in enumerate(pictures, start=1)}
 
     def _target(self, name: str) -> str:
         plain = ALIASES.get(_words(name), _words(name))
@@ -242,53 +310,101 @@ class NativeModel(Model):
         return tuple(s.region for s in found if s.mask.any())
 
     @torch.no_grad()
-    def _look(self, picture: Image):
-        """Features, mask embedding and frame of a picture; those of the last one are kept."""
-        if self._seen is None or self._seen[0] is not picture:
-            name = self.vlm.route(picture.modality)
-            tensor, frame = to_tensor(picture, self.vlm.encoders[name].spec)
-            features = self.vlm.encode({name: tensor[None].to(self.vlm.device)})
-            embedding = self.vlm.heads["mask"].embed(features[name]) if "mask" in self.vlm.heads else None
-            self._seen = (picture, name, features, embedding, frame)
-        return self._seen[1:]
+    def _look(self, picture: Image | Volume):
+        """First encoder's name, features by encoder, mask embedding and frame of an image; those of the last ones are kept."""
+        if id(picture) not in self._seen:
+            names = self.vlm.route(picture.modality)
+            tensors, frames = zip(*(to_tensor(picture, self.vlm.encoders[n].spec) for n in names))
+            features = self.vlm.encode({n: t[None].to(self.vlm.device) for n, t in zip(names, tensors)})
+            head = self.vlm.head("mask", names[0])
+            embedding = head.embed(features[names[0]]) if head is not None else None
+            while len(self._seen) >= REMEMBERED:
+                self._seen.pop(next(iter(self._seen)))
+            self._seen[id(picture)] = (picture, names[0], features, embedding, frames[0])
+        return self._seen[id(picture)][1:]
 
-    def _batch(self, picture: Image, turns: Sequence[tuple[str, str | None]]) -> Batch:
-        """Questions (and answers) about one picture as a batch; rows share the picture. Padded left to generate."""
-        name, *_ = self._look(picture)
-        count = {picture.id: self.vlm.count(name)}
+    def _features(self, images: Mapping[str, Image | Volume]) -> tuple[dict[str, Features], dict[str, list[tuple[str, int]]]]:
+        """Features of several images as one batch an encoder, and where each image's lie."""
+        parts: dict[str, list[Features]] = {}
+        places: dict[str, list[tuple[str, int]]] = {}
+        for key, picture in images.items():
+            seen = self._look(picture)[1]
+            places[key] = [(name, len(parts.setdefault(name, []))) for name in seen]
+            for name, f in seen.items():
+                parts[name].append(f)
+        return {name: _joined(group) for name, group in parts.items()}, places
+
+    def _encoded(self, images: Mapping[str, Image | Volume], turns: Sequence[Turn], answer: bool) -> Encoded:
+        """A conversation as tokens; only its last answer is labelled."""
+        counts = {key: self.vlm.tokens(x.modality) for key, x in images.items()}
         limit = self.vlm.lm.config.max_position_embeddings - 64
-        asking = turns[0][1] is None
-        rows = []
-        for question, answer in turns:
-            said = [Turn("user", question.replace("<|", "< |")),  # a question places no image
-                    *([] if answer is None else [Turn("assistant", answer)])]
-            rows.append(encode(self.tokenizer, Sample("question", images={picture.id: picture}, turns=tuple(said)), count, not asking, limit))
-        return collate(self.tokenizer, rows, [{picture.id: (name, 0)}] * len(rows), {}, left=asking).to(self.vlm.device)
+        row = encode(self.tokenizer, Sample("question", images=images, turns=tuple(turns)), counts, answer, limit)
+        start = len(row.ids)
+        while start and row.labels[start - 1] >= 0:
+            start -= 1
+        return Encoded(row.ids, [-100] * start + row.labels[start:], row.images)
+
+    def _batch(self, images: Mapping[str, Image | Volume], conversations: Sequence[Sequence[Turn]]) -> tuple[Batch, dict[str, Features]]:
+        """Conversations about the same images as a batch, and the images' features. Padded left where an answer is wanted."""
+        features, places = self._features(images)
+        answered = conversations[0][-1].role == "assistant"
+        rows = [self._encoded(images, turns, answered) for turns in conversations]
+        return collate(self.tokenizer, rows, [places] * len(rows), {}, left=not answered).to(self.vlm.device), features
+
+    def _shared(self, images: Mapping[str, Image | Volume], rows: Sequence[Encoded]) -> tuple[Tree, int] | None:
+        """The prefilled trunk of these conversations and its length: up to their last image, where they all begin so.
+
+        None where a trunk cannot be shared: the question guides the image's tokens, or the cache is no plain one.
+        """
+        token = self.vlm.config.image_token_id
+        ids = rows[0].ids
+        length = len(ids) - ids[::-1].index(token) if token in ids else 0
+        trunk = ids[:length]
+        if not length or self.vlm.guided or any(r.ids[:length] != trunk or token in r.ids[length:] for r in rows):
+            return None
+        key = (tuple(trunk), tuple(map(id, images.values())), tuple(images))
+        if self._trunk is None or self._trunk[0] != key:
+            features, places = self._features(images)
+            order = [at for name in rows[0].images for at in places[name]]
+            embeds = self.vlm.splice(torch.tensor([trunk], device=self.vlm.device), features, order)
+            self._trunk = key, Tree(self.vlm.lm, embeds), tuple(images.values())  # held, so that no other image takes their ids
+        return (self._trunk[1], length) if self._trunk[1].exact else None
 
     @torch.no_grad()
-    def _likelihood(self, picture: Image, turns: Sequence[tuple[str, str]]) -> torch.Tensor:
-        """(len(turns),) log probability of each answer with its end mark."""
-        batch = self._batch(picture, turns)
-        out = self.vlm(batch, self._look(picture)[1])
+    def _likelihood(self, images: Mapping[str, Image | Volume], conversations: Sequence[Sequence[Turn]]) -> torch.Tensor:
+        """(len(conversations),) log probability of each last answer with its end mark."""
+        rows = [self._encoded(images, turns, True) for turns in conversations]
+        if shared := self._shared(images, rows):
+            tree, length = shared
+            starts = [next(k for k, label in enumerate(r.labels) if label >= 0) for r in rows]
+            return tree.score([r.ids[length:k] for r, k in zip(rows, starts)], [r.ids[k:] for r, k in zip(rows, starts)]).cpu()
+        batch, features = self._batch(images, conversations)
+        out = self.vlm(**batch.inputs(), features=features)
         chance = out.logits[:, :-1].float().log_softmax(-1)
         target = batch.labels[:, 1:]
-        return (chance.gather(-1, target.clamp(min=0)[..., None])[..., 0] * (target >= 0)).sum(1)
+        return (chance.gather(-1, target.clamp(min=0)[..., None])[..., 0] * (target >= 0)).sum(1).cpu()
 
     @torch.no_grad()
-    def _write(self, picture: Image, questions: Sequence[str], most: int = 48) -> tuple[list[str], list[float]]:
+    def _write(self, images: Mapping[str, Image | Volume], conversations: Sequence[Sequence[Turn]], most: int = 48) -> tuple[list[str], list[float]]:
         """Greedy answers, and the probability the model gives to each as a whole."""
-        batch = self._batch(picture, [(q, None) for q in questions])
         never = self.tokenizer.convert_tokens_to_ids([IMAGE, SEG, *ROLES])
-        ids = self.vlm.generate(batch, self._look(picture)[1], max_new_tokens=most, suppress_tokens=never,
-                                pad_token_id=self.tokenizer.pad_token_id, eos_token_id=self.tokenizer.convert_tokens_to_ids(END))  # fmt: skip
+        end = self.tokenizer.convert_tokens_to_ids(END)
+        rows = [self._encoded(images, turns, False) for turns in conversations]
+        if shared := self._shared(images, rows):
+            tree, length = shared
+            ids = tree.write([r.ids[length:] for r in rows], most, end, never)
+        else:
+            batch, features = self._batch(images, conversations)
+            ids = self.vlm.generate(**batch.inputs(), features=features, max_new_tokens=most, suppress_tokens=never, do_sample=False,
+                                    pad_token_id=self.tokenizer.pad_token_id, eos_token_id=end)  # fmt: skip
         texts = [t.strip() for t in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-        chances = self._likelihood(picture, list(zip(questions, texts))).exp().tolist()
-        return texts, chances
+        said = [(*turns, Turn("assistant", text)) for turns, text in zip(conversations, texts)]
+        return texts, self._likelihood(images, said).exp().tolist()
 
     @torch.no_grad()
     def _chances(self, picture: Image) -> dict[str, float]:
         name, features, *_ = self._look(picture)
-        head = self.vlm.heads["classify"]
+        head = self.vlm.head("classify", name)
         chances = dict(zip(head.labels, head.probabilities(head(features[name]))[0].tolist()))
         for whole, kinds in KINDS.items():
             if whole in chances:  # a kind of pneumonia is a pneumonia
@@ -298,10 +414,10 @@ class NativeModel(Model):
     @torch.no_grad()
     def _outline(self, picture: Image, targets: Sequence[str]) -> list[Segmentation]:
         """Each target from its own [SEG] state; an empty mask where it is more likely absent."""
-        name, features, embedding, frame = self._look(picture)
-        batch = self._batch(picture, [(f"Segment the {t}.", SEG) for t in targets])
-        out = self.vlm(batch, features)
-        head = self.vlm.heads["mask"]
+        name, _, embedding, frame = self._look(picture)
+        batch, features = self._batch({picture.id: picture}, [(*_turns(f"Segment the {t}."), Turn("assistant", SEG)) for t in targets])
+        out = self.vlm(**batch.inputs(), features=features)
+        head = self.vlm.head("mask", name)
         known = torch.tensor([head.labels.index(t) if t in head.labels else -1 for t in targets], device=self.vlm.device)
         drawn = head.decode(embedding, _prompts(len(targets), self.vlm.device, tokens=self.vlm.seg_states(batch, out), named=known))
         chances = head.probability(drawn.present).tolist()
@@ -310,26 +426,30 @@ class NativeModel(Model):
 
     @torch.no_grad()
     def _prompted(self, picture: Image, label: str, points, boxes) -> Segmentation:
-        _, _, embedding, frame = self._look(picture)
+        name, _, embedding, frame = self._look(picture)
         device = self.vlm.device
         prompt: dict = {}
         if points is not None:
-            given = _inside(points, picture, (2, 3), "points", last=1)
-            centres = frame.to_input(given[:, :2] + 0.5) - 0.5
-            marks = given[:, 2] if given.shape[1] == 3 else np.ones(len(given))
-            if not np.isin(marks, (0, 1)).all():
-                raise ModelError(f"the last column of points is 1 (on the target) or 0 (off it), not {marks.tolist()}", "BAD_ARGUMENT")
-            prompt |= {"points": torch.tensor(centres, device=device).float()[None], "labels": torch.tensor(marks, device=device).long()[None]}
+            given = clicks(points, picture)
+            centres = frame.to_input(given[:, :-1] + 0.5) - 0.5
+            prompt |= {"points": torch.tensor(centres, device=device).float()[None], "labels": torch.tensor(given[:, -1], device=device).long()[None]}
         if boxes is not None:
-            corners = _numbers(boxes, "a box")
-            if corners.size != 4 or (np.diff(corners.reshape(2, 2), axis=0) <= 0).any():
-                raise ModelError(f"a box is ((h, w), (h, w)) with lower < upper, not {corners.tolist()}", "BAD_ARGUMENT")
-            corners = _inside(corners.reshape(2, 2), picture, (2,), "box corners")
-            prompt["boxes"] = torch.tensor(frame.to_input(corners), device=device).float()[None]
-        head = self.vlm.heads["mask"]
+            prompt["boxes"] = torch.tensor(frame.to_input(corners(boxes, picture)), device=device).float()[None]
+        head = self.vlm.head("mask", name)
         drawn = head.decode(embedding, _prompts(1, device, **prompt))
         mask = (frame.map_to_image(_even(drawn.logits))[0] > 0).cpu().numpy()
         return Segmentation(picture, label, mask, float(mask.any()))
+
+
+def _turns(question: str) -> tuple[Turn, ...]:
+    return (Turn("user", question.replace("<|", "< |")),)  # a question places no image
+
+
+def _joined(group: Sequence[Features]) -> Features:
+    if len(group) == 1:
+        return group[0]
+    levels = tuple(torch.cat(level) for level in zip(*(f.levels for f in group)))
+    return Features(torch.cat([f.tokens for f in group]), group[0].grid, torch.cat([f.pooled for f in group]), levels)
 
 
 def _even(logits: torch.Tensor) -> torch.Tensor:
@@ -392,25 +512,6 @@ def _parts(mask: np.ndarray, least: float = 0.02) -> list[np.ndarray]:
     numbered, count = label(mask)
     sizes = np.bincount(numbered.ravel(), minlength=count + 1)[1:]
     return [numbered == k + 1 for k in np.argsort(-sizes) if sizes[k] >= least * mask.sum()]
-
-
-def _numbers(values, what: str) -> np.ndarray:
-    try:
-        return np.asarray(values, float)
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{what} must be numbers (h, w), not {str(values)[:60]}", "BAD_ARGUMENT") from error
-
-
-def _inside(points, picture: Image, columns: tuple[int, ...], what: str, last: int = 0) -> np.ndarray:
-    """``last``: how far the largest index stays below the size: 1 for pixels, 0 for the corners of half-open boxes."""
-    array = _numbers(points, what)
-    array = array[None] if array.ndim == 1 else array
-    if array.ndim != 2 or not len(array) or array.shape[1] not in columns or not np.isfinite(array).all():
-        raise ModelError(f"{what} must be finite (h, w) index pairs, not an array of shape {array.shape}", "BAD_ARGUMENT")
-    size = np.array(picture.shape[1:])
-    if (array[:, :2] < 0).any() or (array[:, :2] > size - last).any():
-        raise ModelError(f"{what} {array[:5, :2].tolist()} lie outside the image of {tuple(picture.shape[1:])} (h, w)", "BAD_ARGUMENT")
-    return array
 
 
 def _words(name: str) -> str:

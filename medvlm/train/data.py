@@ -66,7 +66,7 @@ def prepare(model: MedVLM, tokenizer, samples: Sequence[Sample]) -> list[Case]:
             turns = [Turnset(encode(tokenizer, s, {}), s.meta.get("kind", "text")) for s in members]
             cases.append(Case(None, None, torch.zeros(0), [], [], [], [], turns, str(row)))
             continue
-        encoder = model.route(image.modality)
+        (encoder, *_) = model.route(image.modality)
         spec = model.encoders[encoder].spec
         picture, frame = to_tensor(image, spec)
         masks, weak, present, drawn, turns = [], [], [], [], []
@@ -145,7 +145,7 @@ def draw(cases: Sequence[Case], tokenizer, rng: np.random.Generator, turns: int,
         for i in chosen:
             turn = case.turns[i]
             rows.append(turn.encoded)
-            places.append(dict.fromkeys(turn.encoded.images, slot))
+            places.append(dict.fromkeys(turn.encoded.images, [slot]))
             if turn.target is not None:
                 masks.append(torch.Tensor(next(moved).float()) / 255)
                 weak.append(case.weak[turn.target])

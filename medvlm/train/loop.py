@@ -142,7 +142,7 @@ class _Stage:
                 module.eval()
 
     def losses(self, batch):
-        out = self.model(batch, labelled=True)
+        out = self.model(**batch.inputs(), logits_to_keep=batch.told())
         return {name: value for objective in self.objectives for name, value in objective(self.accelerator.unwrap_model(self.model), batch, out).items()}
 
     def steps(self, start: int):

@@ -16,7 +16,7 @@ FLOORS = {
     "datasets": 3, "evaluate": 3,
     "preprocess": 4, "language": 4,
     "encoders": 5, "projectors": 5, "heads": 5,
-    "vlm": 6,
+    "processor": 5, "vlm": 6,
     "predictors": 7,
     "reading": 7.5,
     "train": 8,

@@ -14,7 +14,7 @@ from medvlm.errors import MedVLMError
 from medvlm.imaging.scan import Image, Study, Volume
 from medvlm.predictors import load
 from medvlm.predictors.base import Model, check_question, pick
-from medvlm.predictors.native import NativeModel, _parts, cardiothoracic_ratio, choices_of
+from medvlm.predictors.native import NativeModel, _parts, _turns, cardiothoracic_ratio, choices_of
 from medvlm.sample import Mask, Prediction, Sample, Segmentation, Turn, box_of
 
 
@@ -116,9 +116,9 @@ def test_what_is_absent_has_an_empty_mask(tiny_folder):
 
 def test_one_question_alone_among_others_and_again(reader):
     picture, questions = tiny.picture(), ["What is this?", "Where is the consolidation, and how large is it?"]
-    together = reader._write(picture, questions)
+    together = reader._write({picture.id: picture}, [_turns(q) for q in questions])
     for i, question in enumerate(questions):
-        (text,), (chance,) = reader._write(picture, [question])
+        (text,), (chance,) = reader._write({picture.id: picture}, [_turns(question)])
         assert text == together[0][i] and chance == pytest.approx(together[1][i], abs=1e-5)
     other = tiny.picture(seed=5)
     first, _, again = reader.choose(picture, "Is it?", ("yes", "no")), reader.choose(other, "Is it?", ("yes", "no")), reader.choose(picture, "Is it?", ("yes", "no"))
@@ -343,6 +343,6 @@ def test_a_wrong_request_is_one_line_and_status_2(use, film, tmp_path, capsys, a
 
 
 def test_a_model_that_is_not_there_lists_what_there_is(film, tmp_path, capsys):
-    for name in ("medvlm-huge", str(tmp_path), "hf:someone/something", ""):
+    for name in ("medvlm-huge", str(tmp_path), ""):
         status, out, err = command(capsys, "ask", film, "Is it?", "--model", name)
         assert (status, out) == (2, "") and "[NO_SUCH_PART]" in err and "bundled" in err

@@ -179,7 +179,7 @@ def test_the_loss_falls(root):
     seen = []
     for _ in range(25):
         batch = draw(cases, tokenizer, np.random.default_rng(0), 6, {}, 0)
-        out = model(batch)
+        out = model(**batch.inputs())
         losses = {k: v for o in objectives.find("lm+mask+classify") for k, v in o(model, batch, out).items()}
         sum(losses.values()).backward()
         optimizer.step()
@@ -331,7 +331,7 @@ def classified(labels, groups=(("a", "b"),)):
     head = ClassifyHead(4, ("a", "b", "c", "d"), groups, dropout=0.0)
     features = Features(torch.randn(1, 3, 4), (1, 3), torch.randn(1, 4))
     model = type("M", (), {"heads": {"classify": head}})()
-    losses = objectives.classify(model, Batch(None, None, None, targets={"labels": torch.tensor([labels])}), Output(None, None, {"picture": features}, None))
+    losses = objectives.classify(model, Batch(None, None, None, targets={"labels": torch.tensor([labels])}), Output(features={"picture": features}))
     if losses:
         sum(losses.values()).backward()
     return losses, [0.0] * 4 if head.bias.grad is None else head.bias.grad.tolist()
@@ -357,9 +357,9 @@ def test_an_absent_target_teaches_presence_only(root):
     model = tiny.model(tokenizer)
     cases = prepare(model, tokenizer, list(samples(root, "drawn", "train")))[:4]
     batch = draw(cases, tokenizer, np.random.default_rng(0), 3, {"segment": 1.0, "asked": 0.0, "finding": 0.0, "modality": 0.0, "describe": 0.0, "view": 0.0}, 0)
-    assert set(objectives.mask(model, batch, model(batch))) == {"present", "mask", "dense", "prompted"}
+    assert set(objectives.mask(model, batch, model(**batch.inputs()))) == {"present", "mask", "dense", "prompted"}
     batch.targets["present"][:] = 0
-    assert set(objectives.mask(model, batch, model(batch))) == {"present"}
+    assert set(objectives.mask(model, batch, model(**batch.inputs()))) == {"present"}
 
 
 def masked(logits, target, weak):

@@ -35,7 +35,7 @@ def batch(model, tok, conversations, left=False, answer=True, seed=0):
     pictures = [tiny.picture(seed=seed + i) for i in range(len(conversations))]
     images = torch.stack([to_tensor(p, model.encoders["picture"].spec)[0] for p in pictures])
     rows = [encode(tok, Sample("s", turns=tuple(Turn(*t) for t in turns)), {"a": model.count("picture")}, answer) for turns in conversations]
-    return collate(tok, rows, [{"a": ("picture", i)} for i in range(len(rows))], {"picture": images}, left)
+    return collate(tok, rows, [{"a": [("picture", i)]} for i in range(len(rows))], {"picture": images}, left)
 
 
 def asked(question, answer="yes"):
@@ -51,7 +51,7 @@ def test_what_is_saved_answers_the_same(model, tok, tmp_path):
     assert saved.keys() == loaded.keys()
     assert [n for n in saved if saved[n].dtype != loaded[n].dtype or not torch.equal(saved[n], loaded[n])] == []
     given = batch(model, tok, [asked("no"), asked("Segment the left lung.", SEG)])
-    ours, theirs = model(given), again(given)
+    ours, theirs = model(**given.inputs()), again(**given.inputs())
     assert torch.equal(ours.logits, theirs.logits)
     for a, b in zip(model.masks(given, ours), again.masks(given, theirs)):
         assert torch.equal(a, b)
@@ -78,23 +78,23 @@ def test_alone_or_in_a_batch(model, tok):
     conversations = [asked("no"), asked("Is there consolidation in this chest X-ray?", "no"), asked("Segment the right lung.", SEG)]
     for left in (False, True):
         together = batch(model, tok, conversations, left)
-        out = model(together)
+        out = model(**together.inputs())
         for i, conversation in enumerate(conversations):
             one = batch(model, tok, [conversation], seed=i)
-            alone = model(one).logits[0]
+            alone = model(**one.inputs()).logits[0]
             row = out.logits[i][together.attention[i].bool()]
             torch.testing.assert_close(row, alone, rtol=0, atol=1e-5)
             if conversation[1][1] == SEG:
-                for a, b in zip(model.masks(together, out), model.masks(one, model(one))):
+                for a, b in zip(model.masks(together, out), model.masks(one, model(**one.inputs()))):
                     torch.testing.assert_close(a[0], b[0], rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
 def test_written_alone_or_in_a_batch(model, tok):
     questions = [asked("no"), asked("Describe: consolidation, present, right"), asked("Is this a PA or AP film?")]
-    together = model.generate(batch(model, tok, questions, left=True, answer=False), max_new_tokens=12, pad_token_id=tok.pad_token_id)
+    together = model.generate(**batch(model, tok, questions, left=True, answer=False).inputs(), max_new_tokens=12, pad_token_id=tok.pad_token_id)
     for i, question in enumerate(questions):
-        alone = model.generate(batch(model, tok, [question], left=True, answer=False, seed=i), max_new_tokens=12, pad_token_id=tok.pad_token_id)[0]
+        alone = model.generate(**batch(model, tok, [question], left=True, answer=False, seed=i).inputs(), max_new_tokens=12, pad_token_id=tok.pad_token_id)[0]
         assert tok.decode(together[i], skip_special_tokens=True) == tok.decode(alone, skip_special_tokens=True)
 
 
@@ -103,7 +103,7 @@ def test_text_and_images_must_agree(model, tok):
         given = batch(model, tok, [asked("no"), asked("yes")])
         change(given)
         with pytest.raises(MedVLMError) as e:
-            model(given)
+            model(**given.inputs())
         assert e.value.code == "PLACEHOLDERS" and any(c.isdigit() for c in e.value.message)
 
 
@@ -111,15 +111,15 @@ def test_rows_may_share_an_image(model, tok):
     given = batch(model, tok, [asked("no"), asked("no", "no")])
     given.order = [("picture", 1), ("picture", 1)]
     with torch.no_grad():
-        out = model(given).logits[:, : given.ids.shape[1] - 3]
+        out = model(**given.inputs()).logits[:, : given.ids.shape[1] - 3]
     torch.testing.assert_close(out[0], out[1], rtol=0, atol=1e-5)
-    torch.testing.assert_close(out[1], model(batch(model, tok, [asked("no", "no")], seed=1)).logits[0, : out.shape[1]], rtol=0, atol=1e-5)
+    torch.testing.assert_close(out[1], model(**batch(model, tok, [asked("no", "no")], seed=1).inputs()).logits[0, : out.shape[1]], rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_mask_is_prompted_by_the_state_that_predicts_it_and_the_words_that_ask(model, tok):
     given = batch(model, tok, [asked("yes", "no"), asked("no yes", SEG)])
-    out = model(given)
+    out = model(**given.inputs())
     ((row, column),) = given.seg.tolist()
     states = model.seg_states(given, out)
     words = tok("no yes", add_special_tokens=False)["input_ids"]
@@ -138,7 +138,7 @@ def test_every_parameter_learns(tok):
     target[0, 10:40, 10:30] = target[1, 20:50, 30:60] = 1
     given.targets = {"mask": target, "weak": torch.tensor([False, False, False]), "present": torch.tensor([1.0, 1.0, 0.0]),
                      "label": torch.tensor([1, 0, 3]), "labels": torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0]] * 4)}  # fmt: skip
-    out = model(given)
+    out = model(**given.inputs())
     losses = {k: v for objective in objectives.find("lm+mask+classify") for k, v in objective(model, given, out).items()}
     assert set(losses) == {"lm", "mask", "present", "dense", "prompted", "modality", "labels"}
     sum(losses.values()).backward()
