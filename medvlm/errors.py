@@ -48,6 +48,7 @@ HINTS = {
     "OUT_OF_SCOPE": "use a model that was trained on this kind of image",
     "UNSUPPORTED_VERB": "use another model for this verb",
     "BAD_CHECKPOINT": "save the model again with save_pretrained",
+    "NOT_EXPORTABLE": "export another model, or to another form",
     "NO_SUCH_PART": "run: medvlm list encoders (or projectors, heads, recipes, models)",
     "TOO_MANY_IMAGES": "show fewer, or ask about them one by one",
     "UPLOAD_NOT_ALLOWED": "images and questions would leave this program for the server; to allow it: --allow-upload, or load(..., allow_upload=True)",
