@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .errors import MedVLMError, UsageError
 
-FAILED = {"CANNOT_WRITE"}
+FAILED = {"CANNOT_WRITE", "SERVER_ERROR"}
 """Codes that mean the input was good and the work failed (exit status 1)."""
 
 
@@ -62,8 +62,9 @@ def show(args: argparse.Namespace) -> int:
 
 def add_model(parser: Parser) -> None:
     """The arguments that every verb that runs a model has."""
-    parser.add_argument("--model", default="medvlm-tiny", help="a bundled model or a model's folder (default: medvlm-tiny)")
+    parser.add_argument("--model", default="medvlm-tiny", help="a bundled model, a model's folder, hf:, openclip:, sam:, openai: or file: (default: medvlm-tiny)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument("--allow-upload", action="store_true", help="openai: models only: images and questions may be sent to that server")
     parser.add_argument("--image", metavar="ID", help="which image, where the study holds several (see medvlm show)")
 
 
@@ -123,7 +124,7 @@ def ask(args: argparse.Namespace) -> int:
             print(json.dumps(answer.to_json(question)))
         else:
             places = "" if not answer.regions else "   seen in: " + ", ".join(r.label for r in answer.regions)
-            print(f"{question}\n  {answer.text}   ({answer.probability:.0%}){places}")
+            print(f"{question}\n  {answer.text}   ({_percent(answer.probability)}){places}")
     if not args.json:
         print(_notice())
     return 0
@@ -188,15 +189,39 @@ def classify_arguments(parser: Parser) -> None:
 
 
 def classify(args: argparse.Namespace) -> int:
-    """calibrated probability of each label"""
+    """probability of each label; calibrated where the model is our own"""
+    from .sample import rounded
+
     study = read_study(args)
     chances = _model(args).classify(study, args.label, image=args.image)
     if args.json:
-        print(json.dumps({k: round(v, 4) for k, v in chances.items()}))
+        print(json.dumps({k: rounded(v) for k, v in chances.items()}))
     else:
         for label, chance in chances.items():
-            print(f"{label}: {chance:.0%}")
+            print(f"{label}: {_percent(chance)}")
         print(_notice())
+    return 0
+
+
+def embed_arguments(parser: Parser) -> None:
+    add_study(parser)
+    add_model(parser)
+    parser.add_argument("--out", required=True, metavar="FILE.npy", help="float32 vector of unit length")
+
+
+def embed(args: argparse.Namespace) -> int:
+    """the vector that a model sees an image as, for search and comparison"""
+    import numpy as np
+
+    from .imaging.files import writing
+
+    if not args.out.endswith(".npy"):
+        raise UsageError(f"--out must end in .npy, not {args.out}", "BAD_ARGUMENT")
+    study = read_study(args)
+    vector = _model(args).embed(study, image=args.image)
+    with writing(args.out) as part, open(part, "wb") as file:
+        np.save(file, vector, allow_pickle=False)
+    print(json.dumps({"study": study.id, "size": len(vector), "out": args.out}) if args.json else f"{len(vector)} numbers -> {args.out}")
     return 0
 
 
@@ -263,7 +288,11 @@ def list_parts(args: argparse.Namespace) -> int:
 def _model(args: argparse.Namespace):
     from .predictors import load
 
-    return load(args.model, args.device)
+    return load(args.model, args.device, args.allow_upload)
+
+
+def _percent(probability: float) -> str:
+    return f"{probability:.0%}" if probability == probability else "no probability given"
 
 
 def _notice() -> str:
@@ -279,6 +308,7 @@ VERBS: dict[str, tuple[Callable[[Parser], None], Callable[[argparse.Namespace], 
     "report": (report_arguments, report),
     "segment": (segment_arguments, segment),
     "classify": (classify_arguments, classify),
+    "embed": (embed_arguments, embed),
     "train": (train_arguments, train),
     "demo": (demo_arguments, demo),
     "list": (list_arguments, list_parts),

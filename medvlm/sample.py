@@ -108,7 +108,8 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """text; probability that the text is right by the model's own account; choices {answer: p} for closed questions."""
+    """text; probability that the text is right by the model's own account, NaN where it gives none; choices {answer: p}
+    for closed questions."""
 
     text: str
     probability: float
