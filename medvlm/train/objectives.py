@@ -25,10 +25,10 @@ def lm(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
 def mask(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     """Masks drawn from [SEG] states, and again from a point or a box inside the same target.
 
-    batch.targets: "mask" (S, h, w) coverage of the input in [0, 1]; "weak" (S,) true where it is only a box;
+    batch.targets: "mask" (S, *size) coverage of the input in [0, 1]; "weak" (S,) true where it is only a box;
     "present" (S,); "label" (S,) index into the head's labels, -1 for others. An absent target teaches presence only:
     its outline is never shown, and learning empty maps would drown the few that are drawn. Exact masks: cross-entropy + Dice (Milletari et al. 2016, arXiv:1606.04797). Boxes: nothing outside,
-    and the same shadow on both axes (BoxInst, Tian et al. 2021, arXiv:2012.02310, equation 2).
+    and the same shadow on every axis (BoxInst, Tian et al. 2021, arXiv:2012.02310, equation 2).
     """
     if batch.seg is None or not len(batch.seg):
         return {}
@@ -63,29 +63,30 @@ def mask(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
 def mask_loss(logits: Tensor, quality: Tensor | None, target: Tensor, weak: Tensor) -> Tensor:
     """Mean over the masks drawn of each one's loss, and of the error of its predicted IoU; see :func:`mask`.
 
-    logits: (S, h, w). target: (S, H, W) at any multiple of it. weak: (S,).
+    logits: (S, *grid). target: (S, *size) at any multiple of it. weak: (S,).
     """
     logits = logits.float()
-    target = F.adaptive_avg_pool2d(target[:, None].float(), logits.shape[1:])[:, 0]
-    chance = logits.sigmoid()
-    exact = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean((1, 2)) + dice_loss(chance, target)
-    outside = (F.binary_cross_entropy_with_logits(logits, torch.zeros_like(target), reduction="none") * (1 - target)).mean((1, 2))
-    shadow = sum(dice_loss(chance.amax(axis)[:, None], target.amax(axis)[:, None]) for axis in (1, 2))
+    pool = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[logits.ndim - 1]
+    target = pool(target[:, None].float(), logits.shape[1:])[:, 0]
+    chance, axes = logits.sigmoid(), set(range(1, logits.ndim))
+    exact = F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1).mean(1) + dice_loss(chance, target)
+    outside = (F.binary_cross_entropy_with_logits(logits, torch.zeros_like(target), reduction="none") * (1 - target)).flatten(1).mean(1)
+    shadow = sum(dice_loss(chance.amax([*axes - {axis}]), target.amax([*axes - {axis}])) for axis in axes)
     if quality is not None:
         exact = exact + 0.1 * F.mse_loss(quality.float(), overlap(logits.detach() > 0, target > 0.5), reduction="none")
     return torch.where(weak, outside + 0.5 * shadow, exact).mean()
 
 
 def dice_loss(chance: Tensor, target: Tensor) -> Tensor:
-    """1 - soft Dice of (S, h, w) each, smoothed by one pixel."""
-    both = (chance * target).sum((1, 2))
-    return 1 - (2 * both + 1) / (chance.sum((1, 2)) + target.sum((1, 2)) + 1)
+    """1 - soft Dice of (S, ...) each, smoothed by one pixel."""
+    chance, target = chance.flatten(1), target.flatten(1)
+    return 1 - (2 * (chance * target).sum(1) + 1) / (chance.sum(1) + target.sum(1) + 1)
 
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of bool (S, h, w); 1 where both are empty."""
-    union = (a | b).sum((1, 2)).float()
-    return torch.where(union > 0, (a & b).sum((1, 2)) / union.clamp(min=1), torch.ones_like(union))
+    """Intersection over union of bool (S, ...); 1 where both are empty."""
+    union = (a | b).flatten(1).sum(1).float()
+    return torch.where(union > 0, (a & b).flatten(1).sum(1) / union.clamp(min=1), torch.ones_like(union))
 
 
 def box_around(target: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def box_prompts(target: Tensor, jitter: float = 0.05) -> Tensor:
 
 
 def point_prompts(target: Tensor) -> Tensor:
-    """(S, 1, 2) one random pixel centre inside each target of (S, h, w)."""
+    """(S, 1, rank) one random pixel centre inside each target of (S, *size)."""
     points = []
     for t in target:
         inside = (t > 0.5).nonzero()

@@ -11,6 +11,7 @@ from medvlm.heads import mask as heads
 from medvlm.heads.mask import Embedding, Prompts, build
 from medvlm.imaging.scan import Image
 from medvlm.preprocess import InputSpec, frame
+from medvlm.train.objectives import dice_loss, mask_loss, point_prompts
 
 DIM = 16
 
@@ -290,6 +291,42 @@ def test_a_refiner_separates_lines_that_the_decoder_cannot():
     found, best = dice(logits > 0, lines > 0.5), max(dice(cover > t, lines > 0.5) for t in np.linspace(0, 0.9, 40))
     print(f"Dice with the refiner {found:.3f}, of the best stride-4 map {best:.3f}")
     assert logits.shape == lines.shape and found > 0.95 and best < 0.6
+
+
+def test_a_volume_head_learns_to_outline_a_ball():
+    """By the objective's own loss, from a point in it and by its name."""
+    torch.manual_seed(0)
+    rng, size, count = np.random.default_rng(0), (8, 16, 16), 4
+    head = build((2, 3), ((1, 2, 2), (2, 4, 4)), 12, size, dim=16, stride=(2, 4, 4), heads=2, labels=("ball",))
+    axes = torch.stack(torch.meshgrid(*(torch.arange(n).float() for n in size), indexing="ij"))
+    ones, weak, scores = torch.ones(count, 1, dtype=torch.long), torch.zeros(count, dtype=torch.bool), []
+    optimizer = torch.optim.Adam(head.parameters(), 1e-2)
+    for _ in range(40):
+        centres = torch.tensor([[rng.uniform(2, 6), rng.uniform(4, 12), rng.uniform(4, 12)] for _ in range(count)]).float()
+        target = ((axes - centres.reshape(count, 3, 1, 1, 1)).square().sum(1) < 8).float()
+        pooled = F.avg_pool3d(torch.stack([target, torch.rand(count, *size)], 1), (1, 2, 2))
+        embedding = head.embed(Features(None, (1,), None, (pooled, F.avg_pool3d(pooled[:, [0, 1, 0]], 2))))
+        named = head.decode(embedding, Prompts(torch.arange(count), named=torch.zeros(count, dtype=torch.long), points=point_prompts(target), labels=ones))
+        loss = mask_loss(named.logits, named.quality, target, weak) + mask_loss(head.maps(embedding)[:, 0], None, target, weak)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scores.append(dice(named.logits > 0, F.adaptive_avg_pool3d(target, named.logits.shape[1:]) > 0.5))
+    print(f"Dice of the first steps {np.mean(scores[:5]):.3f}, of the last {np.mean(scores[-5:]):.3f}")
+    assert np.mean(scores[:5]) < 0.2 and np.mean(scores[-5:]) > 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weak", [True, False])
+def test_the_loss_of_one_slice_is_that_of_a_picture(weak):
+    """But for the shadow on the third axis, which is one cell."""
+    logits, target = random(3, 8, 8), (random(3, 16, 16, seed=1) > 0).float()
+    flat = mask_loss(logits, None, target, torch.tensor([weak] * 3))
+    deep = mask_loss(logits[:, None], None, target[:, None], torch.tensor([weak] * 3))
+    if weak:
+        chance, cells = logits.sigmoid().amax((1, 2))[:, None], F.avg_pool2d(target, 2).amax((1, 2))[:, None]
+        flat = flat + 0.5 * dice_loss(chance, cells).mean()
+    torch.testing.assert_close(deep, flat)
 
 
 @pytest.mark.parametrize(
