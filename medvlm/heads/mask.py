@@ -147,7 +147,7 @@ class MaskHead(nn.Module):
     def _prompt(self, prompts: Prompts, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         points = None if prompts.points is None else (prompts.points.flip(-1).float(), prompts.labels)
         boxes = None if prompts.boxes is None else prompts.boxes.flip(-1).flatten(1).float()
-        count, wide = len(prompts.image), tuple(n * u for n, u in zip(grid, self.up))
+        count, wide = prompts.image.shape[0], tuple(n * u for n, u in zip(grid, self.up))
         if prompts.masks is not None and tuple(prompts.masks.shape) != (count, 1, *wide):
             raise ModelError(f"mask prompts are {tuple(prompts.masks.shape)} but {count} prompts take {(count, 1, *wide)}", "GRID_MISMATCH", "see MaskHead.scribble")
         sparse, dense = self.prompt_encoder(points=points, boxes=boxes, masks=prompts.masks)
@@ -168,7 +168,7 @@ def decode(decoder: MaskDecoder, embedding: Tensor, positions: Tensor, sparse: T
     the quality token, the M mask tokens and the prompts.
     Source: facebookresearch/segment-anything, modeling/mask_decoder.py (MaskDecoder.predict_masks).
     """
-    count, grid = len(sparse), embedding.shape[2:]
+    count, grid = sparse.shape[0], embedding.shape[2:]
     learned = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])[None].expand(count, -1, -1)
     # the transformer asks for two axes, and flattens them
     states, source = decoder.transformer(
