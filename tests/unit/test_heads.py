@@ -23,7 +23,8 @@ from medvlm.datasets.sentences import BOX_STYLES, box_text, boxes_in
 from medvlm.encoders.base import Features
 from medvlm.errors import MedVLMError
 from medvlm.heads.box import Boxes
-from medvlm.language import Batch
+from medvlm.language import Batch, collate, encode
+from medvlm.sample import SEG, Sample, Turn
 from medvlm.train import objectives
 from medvlm.vlm import Output, build_part
 
@@ -594,6 +595,33 @@ def test_heads_answer_the_same_after_saving(kind, tmp_path):
             return [m.heads["contrast"](seen, text), *m.heads["box"](seen), *m.heads["box"].from_states(seen, states, image)]
 
     assert all(torch.equal(a, b) for a, b in zip(answers(model), answers(again), strict=True)) and len(answers(model)) == 6
+
+
+def test_a_whole_model_learns_captions_and_places_at_once():
+    """Through MedVLM: its text encoder, its [SEG] states and its pictures."""
+    tokenizer = tiny.tokenizer()
+    config = tiny.config(tokenizer)
+    dims = config.parts["heads"]["mask"]["args"]["level_dims"]
+    text = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": len(tokenizer)}
+    config.parts["encoders"]["text"] = {"file": "text", "args": text}
+    config.parts["heads"] = {
+        "contrast": {"file": "contrast", "args": {"dim": dims[-1], "text_dim": 16, "embed_dim": 8}},
+        "box": {"file": "box", "args": {"dim": dims[-1], "lm_dim": 32, "width": 32, "heads": 4}},
+    }
+    model = vlm.MedVLM(config).train()
+    sample = Sample("a", turns=(Turn("user", "Segment the right lung."), Turn("assistant", SEG)), images={"xray-1": tiny.picture()})
+    rows = [encode(tokenizer, sample, {"xray-1": model.count("picture")})] * 2
+    given = collate(tokenizer, rows, [{"xray-1": [("picture", k)]} for k in (0, 1)], {"picture": torch.rand(2, 1, 64, 64)})
+    said = tokenizer(["Consolidation on the right.", "No cardiomegaly."], padding=True, return_tensors="pt")
+    target = torch.zeros(2, 64, 64)
+    target[0, 8:30, 9:20] = 1
+    given.targets = {"text": {"ids": said["input_ids"], "attention": said["attention_mask"]}, "mask": target, "present": torch.tensor([1.0, 0.0])}
+    out = model(**given.inputs())
+    losses = {k: v for o in objectives.find("lm+clip+box") for k, v in o(model, given, out).items()}
+    assert set(losses) == {"lm", "clip", "place", "place_present"}
+    sum(losses.values()).backward()
+    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert [n for n in still if not n.startswith("encoders.picture.backbone.stages")] == []  # timm's blocks start as the identity
 
 
 def test_an_objective_takes_one_encoder():
