@@ -126,7 +126,7 @@ def read_masks(row: dict[str, Any], image: Image | Volume | None, only: str | No
                 segments = read_seg(path, image)
                 found += [Mask(image.id, name if len(segments) == 1 else label, array) for label, array in segments]
                 continue
-            array = _mask_array(path, image)
+            array = mask_array(path, image)
         except MedVLMError as error:
             raise ModelError(f"manifest line {row['_line']}, mask {name!r}: {error.message}", error.code, error.hint) from error
         if "labelmap" in spec["type"] and spec.get("labels"):
@@ -145,7 +145,12 @@ def _inside(row: dict[str, Any], what: str, name: str) -> Path:
     return path
 
 
-def _mask_array(path: Path, image: Image | Volume) -> np.ndarray:
+def mask_array(path: Path, image: Image | Volume) -> np.ndarray:
+    """The values of a mask file (picture or NIfTI) on the image's grid, its axes turned where a volume is stored along others.
+
+    Raises:
+        ModelError: BAD_MANIFEST when it is no mask; GRID_MISMATCH when its grid is not the image's.
+    """
     from ..imaging.study import read
 
     mask = read(path, modality="other").image()
