@@ -174,15 +174,15 @@ def _timm(model: str | Mapping | None, given: Mapping, feature_layer: int, weigh
     import timm
     from timm.models._features import FeatureGetterNet
 
-    config = {}
-    if weights is not None and loading.is_folder(weights):
+    config, source = {}, None if weights in (None, "pretrained") else loading.where(weights)
+    if source == "folder":
         with loading.reading(weights):
             config, architecture, _ = timm.models._hub.load_model_config_from_path(weights)
             state, model = timm.models._hub.load_state_dict_from_path(weights), model or architecture
-    elif weights is not None and Path(weights).is_file():
+    elif source == "file":
         with loading.reading(weights):
             state = timm.models.load_state_dict(weights)
-    elif weights is not None and weights != "pretrained":
+    elif source == "hub":
         with loading.reading(weights):
             config, architecture, _ = timm.models.load_model_config_from_hf(weights)
             state, model = timm.models.load_state_dict_from_hf(weights), model or architecture
@@ -200,8 +200,8 @@ def _timm(model: str | Mapping | None, given: Mapping, feature_layer: int, weigh
     config = {**probe.pretrained_cfg, **{k: v for k, v in config.items() if v is not None}}
     if weights is not None:
         published = config["mean"], config["std"]
-        if state is not None:
-            _check_timm(probe, dict(state), weights)
+    if state is not None:
+        _check_timm(probe, dict(state), weights or name)
     spec = _spec(given, channels, config["input_size"][1:], published)
 
     args = shape | {k: v for k, v in (("img_size", spec.size), ("dynamic_img_size", True), ("strict_img_size", False)) if k in takes}
@@ -233,58 +233,69 @@ def _check_timm(probe: nn.Module, state: dict, weights: str) -> None:
 
 
 def _open_clip(model: str | Mapping | None, given: Mapping, feature_layer: int, weights: str | None):
+    """Of open_clip's folders and hub repositories only the image tower is built and read."""
     import open_clip
 
     if isinstance(model, str) and model not in open_clip.list_models():
         raise ModelError(f"open_clip has no model {model!r:.60}", "NO_SUCH_PART", "see open_clip.list_models()")
-    published = None
-    if weights is None:
-        if model is None:
-            raise ModelError("an open_clip tower needs a model", "BAD_RECIPE", "give model, or a folder or hub id as weights")
-        config = open_clip.get_model_config(model) if isinstance(model, str) else model
-        if "vision_cfg" not in config:
-            raise ModelError("an open_clip model needs a vision_cfg", "BAD_RECIPE", 'give {"embed_dim": ..., "vision_cfg": {...}}')
-        vision = {**config["vision_cfg"], "timm_model_pretrained": False}
-        text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}  # thrown away
-        visual = None
-        if not vision.get("timm_model_name"):
-            visual = open_clip.CLIP(config.get("embed_dim", 512), vision, text, quick_gelu=config.get("quick_gelu", False)).visual
-    else:
+    state = published = None
+    config = open_clip.get_model_config(model) if isinstance(model, str) else model
+    if weights is not None and isinstance(model, str):
+        if weights == "pretrained":
+            weights = open_clip.list_pretrained_tags_by_model(model)[0]
+        elif weights not in open_clip.list_pretrained_tags_by_model(model) and loading.where(weights) != "file":
+            raise ModelError(f"open_clip's {model} has no weights {weights!r}", "BAD_CHECKPOINT", "give a tag of open_clip.list_pretrained(), or a file")
         with loading.reading(weights):
-            if model is None:
-                source = f"local-dir:{weights}" if loading.is_folder(weights) else f"hf-hub:{weights.removeprefix('hf-hub:')}"
-                whole = open_clip.create_model(source, require_pretrained=True)
-                config = _open_clip_config(weights)
-            else:
-                tag = open_clip.list_pretrained_tags_by_model(model)[0] if weights == "pretrained" else weights
-                whole = open_clip.create_model(model, pretrained=tag, require_pretrained=True)
-                config = open_clip.get_model_config(model)
-        visual, cfg = whole.visual, open_clip.get_model_preprocess_cfg(whole)
-        vision, published = config["vision_cfg"], (cfg["mean"], cfg["std"])
-        model = {"embed_dim": config["embed_dim"], "quick_gelu": config.get("quick_gelu", False), "vision_cfg": dict(vision)}
+            whole = open_clip.create_model(model, pretrained=weights, require_pretrained=True)
+        state, published = whole.visual.state_dict(), (whole.visual.image_mean, whole.visual.image_std)
+    elif weights is not None:
+        config, state, published = _open_clip_folder(weights)
+    if not config or "vision_cfg" not in config:
+        raise ModelError("an open_clip tower needs a model with a vision_cfg", "BAD_RECIPE", 'give a name, {"embed_dim": ..., "vision_cfg": {...}}, or weights')
+    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+    made = model if weights is None else {"embed_dim": config["embed_dim"], "quick_gelu": config.get("quick_gelu", False), "vision_cfg": dict(vision)}
     own = vision.get("image_size", 224)
     size = given["size"] or ((own, own) if isinstance(own, int) else tuple(own))
-    if vision.get("timm_model_name"):
-        state = None if visual is None else visual.trunk.state_dict()
-        return _timm(vision["timm_model_name"], {"channels": 3, **given, "size": size}, feature_layer, None, state, published)[0], model
+    if name := vision.get("timm_model_name"):
+        trunk = None if state is None else {k.removeprefix("trunk."): v for k, v in state.items() if k.startswith("trunk.")}
+        return _timm(name, {**given, "channels": given["channels"] or 3, "size": size}, feature_layer, None, trunk, published)[0], made
     if given["channels"] not in (None, 3):
         raise ModelError(f"an open_clip tower sees 3 channels, not {given['channels']}", "BAD_RECIPE", "leave channels at 3; grey is repeated")
+    text = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}  # thrown away
+    tower = open_clip.CLIP(config.get("embed_dim", 512), vision, text, quick_gelu=config.get("quick_gelu", False)).visual
+    if state is not None:
+        loading.compare(weights, tower.state_dict().keys() - state, state.keys() - tower.state_dict())
+        with loading.reading(weights):
+            tower.load_state_dict(state)
     spec = _spec(given, 3, size, published)
-    if isinstance(visual, open_clip.transformer.VisionTransformer):
-        return OpenClipTransformer(visual, spec, feature_layer), model
+    if isinstance(tower, open_clip.transformer.VisionTransformer):
+        return OpenClipTransformer(tower, spec, feature_layer), made
     if feature_layer != -1:
         raise ModelError(f"this open_clip tower is a ResNet: it has no feature_layer {feature_layer}", "BAD_RECIPE", "leave feature_layer at -1")
-    return OpenClipResNet(visual, spec), model
+    return OpenClipResNet(tower, spec), made
 
 
-def _open_clip_config(weights: str) -> dict:
+def _open_clip_folder(weights: str) -> tuple[dict, dict, tuple]:
+    """(model_cfg, weights of the image tower, (mean, std)) of a folder or hub id as open_clip saves them."""
     import json
 
-    if not loading.is_folder(weights):
-        from huggingface_hub import hf_hub_download
+    import open_clip
+    from timm.models import load_state_dict
 
-        return json.loads(Path(hf_hub_download(weights.removeprefix("hf-hub:"), "open_clip_config.json")).read_text(encoding="utf-8"))["model_cfg"]
-    return json.loads((Path(weights) / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+    names = ("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    folder = Path(weights)
+    if loading.where(weights) == "hub":
+        from huggingface_hub import snapshot_download
+
+        with loading.reading(weights):
+            folder = Path(snapshot_download(weights.removeprefix("hf-hub:"), allow_patterns=names))
+    with loading.reading(weights, f"give a folder with {names[0]} and {names[1]}"):
+        config = json.loads((folder / names[0]).read_text(encoding="utf-8"))
+        found = next((folder / n for n in names[1:] if (folder / n).is_file()), folder / names[1])
+        whole = load_state_dict(str(found))
+        seen = config.get("preprocess_cfg", {})
+        mean, std = seen.get("mean", open_clip.OPENAI_DATASET_MEAN), seen.get("std", open_clip.OPENAI_DATASET_STD)
+        return config["model_cfg"], {k.removeprefix("visual."): v for k, v in whole.items() if k.startswith("visual.")}, (tuple(mean), tuple(std))
 
 
 def _transformers(model: Mapping | None, given: Mapping, feature_layer: int, weights: str | None):
@@ -305,7 +316,7 @@ def _transformers(model: Mapping | None, given: Mapping, feature_layer: int, wei
     if weights is not None and None in (given["size"], given["mean"], given["std"]):
         from transformers import AutoImageProcessor
 
-        with loading.reading(weights):
+        with loading.reading(weights, "give size, mean and std, or a folder with a preprocessor_config.json"):
             processor = AutoImageProcessor.from_pretrained(weights, trust_remote_code=False)
         published = processor.image_mean, processor.image_std
         seen = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size

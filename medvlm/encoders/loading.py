@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,15 +17,42 @@ UNSAFE = ("auto_map", "attn_implementation", "quantization_config", "trust_remot
 """Arguments of a transformers configuration that would fetch or run code."""
 
 
+def where(weights: str) -> str:
+    """ "folder", "file", or "hub" for what can only be a hub id, so that a mistyped path never asks the network.
+
+    Raises:
+        ModelError: BAD_CHECKPOINT for what is none of them.
+    """
+    if Path(weights).is_dir():
+        return "folder"
+    if Path(weights).is_file():
+        return "file"
+    if re.fullmatch(r"(hf-hub:)?[\w-][\w.-]*(/[\w-][\w.-]*)?", weights) and Path(weights).suffix not in (".pth", ".pt", ".bin", ".ckpt", ".safetensors"):
+        return "hub"
+    raise ModelError(f"there are no weights at {weights!r}", "BAD_CHECKPOINT", "give a file, a folder or a hub id")
+
+
 @contextmanager
-def reading(weights: str):
+def reading(weights: str, hint: str = "give safetensors, or a file that torch loads with weights_only=True"):
     """Whatever a library says of unreadable weights, as one named error."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, UnpicklingError) as error:
         says = (str(error).splitlines() or [""])[0][:200]
-        raise ModelError(f"the weights {str(weights)!r} cannot be read: {says}", "BAD_CHECKPOINT",
-                         "give safetensors, or a file that torch loads with weights_only=True") from error  # fmt: skip
+        raise ModelError(f"the weights {str(weights)!r} cannot be read: {says}", "BAD_CHECKPOINT", hint) from error
+
+
+@contextmanager
+def quiet():
+    """transformers prints a table of names that :func:`compare` judges."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def compare(weights: str, missing: Iterable[str], extra: Iterable[str]) -> None:
@@ -46,6 +74,8 @@ def load_part(module: nn.Module, weights: str, prefix: str = "", others: tuple[s
     """
     from timm.models import load_state_dict  # safetensors or weights_only, and takes checkpoints apart
 
+    if where(weights) != "file":
+        raise ModelError(f"{weights!r} is no file of weights", "BAD_CHECKPOINT", "give a local file")
     with reading(weights):
         state = load_state_dict(str(weights))
     if prefix and any(name.startswith(prefix) for name in state):
@@ -84,7 +114,8 @@ def transformers_tower(args: Mapping | None, weights: str | None, part: str | No
     else:
         if args:
             raise ModelError(f"a tower read from {str(weights)!r} takes no other arguments", "BAD_RECIPE", "give the model or its weights, not both")
-        with reading(weights):
+        where(weights)
+        with reading(weights), quiet():
             whole = AutoConfig.from_pretrained(weights, trust_remote_code=False)
             config = getattr(whole, part, whole) if part else whole
             tower, info = _class(config).from_pretrained(
@@ -127,6 +158,3 @@ def configuration(tower: nn.Module) -> dict:
             if not k.startswith("_") and k not in ("architectures", "transformers_version", "dtype", "torch_dtype", *UNSAFE)}  # fmt: skip
     return {**kept, "model_type": tower.config.model_type}
 
-
-def is_folder(weights: str) -> bool:
-    return Path(weights).is_dir()

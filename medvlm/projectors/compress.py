@@ -53,7 +53,7 @@ class Compress(Projector):
         """(S, n, C) -> (S, keep + merge, C)."""
         with torch.no_grad():
             received = (slices @ slices.transpose(1, 2) * slices.shape[2] ** -0.5).softmax(2).mean(1)
-            order = received.argsort(1, descending=True, stable=True)
+            order = received.argsort(dim=1, descending=True, stable=True)
             kept, rest = order[:, : self.keep].sort(1).values, order[:, self.keep :].sort(1).values
         dominant = slices.gather(1, kept[..., None].expand(-1, -1, slices.shape[2]))
         if not self.merge:
