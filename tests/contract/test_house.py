@@ -18,7 +18,7 @@ FLOORS = {
     "encoders": 5, "projectors": 5, "heads": 5,
     "processor": 5, "vlm": 6,
     "predictors": 7,
-    "reading": 7.5,
+    "reading": 7.5, "export": 7.5,
     "train": 8,
     "recipes": 9,
     "demo": 10,
@@ -36,6 +36,8 @@ PURE = {
     "TypeVar", "namedtuple", "Path", "PurePath", "field", "version", "logging.getLogger", "getLogger", "os.environ.get", "partial", "functools.partial",
 }  # fmt: skip
 """Calls that a module may make while it is imported: they only build a value."""
+REGISTERED = {"AutoConfig.register", "AutoModelForImageTextToText.register", "AutoProcessor.register"}
+"""How transformers learns of a model; done when ``medvlm.vlm`` is imported, as its users expect."""
 METHODS = {"split", "join", "format", "encode", "fromkeys", "items", "keys", "values", "union", "resolve", "with_name", "with_suffix", "joinpath", "lower", "upper", "strip", "replace"}
 
 
@@ -100,6 +102,8 @@ def work_at_import(path: Path):
             if isinstance(node, ast.ClassDef):
                 yield from statements(node.body)
             elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                continue
+            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and ast.unparse(node.value.func) in REGISTERED:
                 continue
             elif isinstance(node, ast.If) and (_is_main(node.test) or "TYPE_CHECKING" in ast.dump(node.test)):
                 continue
