@@ -119,18 +119,18 @@ class Frame:
         """
         out = np.full((len(maps), *self.size), outside, np.float32)
         whole = self.turn_up(out)
-        for place, plane, rows in self._planes(maps):
+        for place, value in self._planes(maps):
             for p in range(len(maps)):
-                whole[(p, *place)] = rows(plane[p], 0).cpu().numpy()
+                whole[(p, *place)] = value(p).cpu().numpy()
         return torch.from_numpy(out)
 
     def masks(self, maps: Tensor, threshold: float = 0.0) -> np.ndarray:
         """:meth:`map_to_image` > ``threshold``: bool (P, *size), without the float maps on the scan's own grid."""
         out = np.zeros((len(maps), *self.size), bool)
         whole = self.turn_up(out)
-        for place, plane, rows in self._planes(maps):
+        for place, value in self._planes(maps):
             for p in range(len(maps)):
-                whole[(p, *place)] = (rows(plane[p], 0) > threshold).cpu().numpy()
+                whole[(p, *place)] = (value(p) > threshold).cpu().numpy()
         return out
 
     def labels(self, maps: Tensor) -> np.ndarray:
@@ -141,11 +141,11 @@ class Frame:
         """
         out = np.zeros(self.size, np.uint8 if len(maps) <= 256 else np.uint16)
         whole = self.turn_up(out[None])[0]
-        for place, plane, rows in self._planes(maps):
-            best = rows(plane[0], 0)
+        for place, value in self._planes(maps):
+            best = value(0)
             label = torch.zeros_like(best, dtype=torch.uint8 if len(maps) <= 256 else torch.int32)
             for c in range(1, len(maps)):
-                here = rows(plane[c], 0)
+                here = value(c)
                 label.masked_fill_(here > best, c)
                 torch.maximum(best, here, out=best)
             whole[place] = label.cpu().numpy()
@@ -156,11 +156,10 @@ class Frame:
         return array if self.orientation is None else turned(array, self.orientation, UPRIGHT)
 
     @torch.no_grad()
-    def _planes(self, maps: Tensor) -> Iterator[tuple[tuple, Tensor, _Mix]]:
-        """Places that together fill what the input covers of the upright own grid; the maps (C, h, W) there, with the
-        grid's columns but their own rows; and the mix of these rows that gives the grid's.
+    def _planes(self, maps: Tensor) -> Iterator[tuple[tuple, _Plane]]:
+        """Places that together fill what the input covers of the upright own grid, and the maps' values there.
 
-        Only two planes of the maps are widened at a time, and rows are mixed one map at a time by who uses them.
+        Of the maps (C, d, h, w) only two slices are ever as wide as the grid; one map at a time gets its height.
         """
         flat = len(self.size) == 2
         axes = (_Axis(1, 1, 0, 1), *self.axes) if flat else self.axes
@@ -172,11 +171,15 @@ class Frame:
             top, bottom = int(rows.low[0]), int(rows.high[-1]) + 1
             rows = rows._replace(low=rows.low - top, high=rows.high - top)
             place = slice(high.start + start, high.start + start + len(rows.low)), wide
+            spare = [torch.empty(len(maps), bottom - top, len(across.low), device=maps.device) for _ in range(2)]
             near: dict[int, Tensor] = {}
             for k, (a, b) in enumerate(zip(between.low.tolist(), between.high.tolist())):
-                near = {z: near[z] if z in near else across(maps[:, z, top:bottom].float(), 2) for z in (a, b)}
-                plane = torch.lerp(near[a], near[b], between.share[k])
-                yield place if flat else (deep.start + k, *place), plane, rows
+                spare += [near.pop(z) for z in list(near) if z not in (a, b)]
+                for z in {a, b} - near.keys():
+                    near[z] = spare.pop()
+                    for each, out in zip(maps[:, z, top:bottom], near[z]):
+                        across(each.float(), 1, out)
+                yield place if flat else (deep.start + k, *place), _Plane(near[a], near[b], between.share[k], rows)
 
 
 class _Mix(NamedTuple):
@@ -186,9 +189,22 @@ class _Mix(NamedTuple):
     high: Tensor
     share: Tensor
 
-    def __call__(self, maps: Tensor, axis: int) -> Tensor:
-        share = self.share.reshape(-1, *[1] * (maps.ndim - 1 - axis))
-        return torch.lerp(maps.index_select(axis, self.low), maps.index_select(axis, self.high), share)
+    def __call__(self, map: Tensor, axis: int, out: Tensor | None = None) -> Tensor:
+        share = self.share if axis else self.share[:, None]
+        return torch.lerp(map.index_select(axis, self.low), map.index_select(axis, self.high), share, out=out)
+
+
+class _Plane(NamedTuple):
+    """Maps on a plane between two slices of theirs (C, h, W)."""
+
+    lower: Tensor
+    upper: Tensor
+    share: Tensor
+    rows: _Mix
+
+    def __call__(self, p: int) -> Tensor:
+        """(H, W) of map ``p``."""
+        return self.rows(self.lower[p] if self.lower is self.upper else torch.lerp(self.lower[p], self.upper[p], self.share), 0)
 
 
 class _Axis(NamedTuple):
