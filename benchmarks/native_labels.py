@@ -2,9 +2,7 @@
 
 25 classes, 80 x 128 x 128 cells -> 160 x 256 x 256 voxels. ``zoom``: scipy.ndimage.zoom (order 1) class by class, then
 argmax, as pipelines that resample probabilities do; ``torch``: F.interpolate of all classes at once, then argmax.
-The rules: both sides in one process in alternating order, at least 11 pairs, the median of the pair ratios with its
-10-90 % band, an A/A control that voids the run when its median leaves 0.90-1.11, equal labels before any time counts,
-memory from one fresh process a way (VmHWM after minus before). Two threads.
+Rules: pairs.py. Labels must be equal before any time counts.
 
 The gate is against ``torch``: equal at 99.9999 % of the voxels. ``zoom`` is given ``grid_mode=True, mode="nearest"``, with
 which it means the same places; its default does not, and costs the same.
@@ -14,12 +12,8 @@ which it means the same places; its default does not, and costs the same.
 
 import argparse
 import gc
-import json
 import os
-import platform
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -27,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pairs import alone, heading, high_water, pairs, ratio_text, record
 
 from medvlm.preprocess import Frame
 
@@ -65,34 +60,6 @@ def whole(maps: torch.Tensor, size=SIZE) -> np.ndarray:
 WAYS = {"medvlm": medvlm, "zoom": zoom, "torch": whole}
 
 
-def timed(way, maps) -> float:
-    gc.collect()
-    started = time.perf_counter()
-    way(maps)
-    return time.perf_counter() - started
-
-
-def pairs(a, b, maps, count: int) -> dict[str, float]:
-    """Seconds of both sides, and the ratio b / a of ``count`` alternating pairs."""
-    first, second = [], []
-    for n in range(count):
-        for way, times in ((a, first), (b, second)) if n % 2 == 0 else ((b, second), (a, first)):
-            times.append(timed(way, maps))
-    ratios = np.array(second) / np.array(first)
-    low, middle, high = np.percentile(ratios, (10, 50, 90))
-    return {"seconds": float(np.median(second)), "ours": float(np.median(first)), "ratio": float(middle), "low": float(low), "high": float(high), "pairs": count}
-
-
-def high_water() -> int:
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
-
-
-def extra_memory(name: str) -> int:
-    """Bytes by which the peak grew, in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--memory-of", name], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
-
-
 def measure_memory(name: str) -> int:
     WAYS[name](logits(3, (8, 8, 8)), (9, 9, 9))  # imports and caches are not what is measured
     maps = torch.zeros(CLASSES, *GRID)  # making smooth logits would raise the mark before it is read
@@ -118,26 +85,23 @@ def main() -> None:
     truth = whole(maps)
     found = {name: {"equal": float((way(maps) == truth).mean())} for name, way in WAYS.items()}
     del truth
-    control = pairs(medvlm, medvlm, maps, args.pairs)
+    ours = partial(medvlm, maps)
+    control = pairs(ours, ours, args.pairs)
     for name in FLOORS:
-        found[name] |= pairs(medvlm, WAYS[name], maps, args.pairs)
+        found[name] |= pairs(ours, partial(WAYS[name], maps), args.pairs)
     for name in found:
-        found[name]["memory"] = extra_memory(name)
+        found[name]["memory"] = alone(__file__, "--memory-of", name)
     found["medvlm"]["seconds"] = control["ours"]
-    load, ours = os.getloadavg()[0], found["medvlm"]["memory"]
-    print(f"{CLASSES} x {GRID} -> {SIZE}, {platform.machine()}, {os.cpu_count()} processors, load {load:.2f}")
-    print(f"A/A control: median {control['ratio']:.2f} (10-90 %: {control['low']:.2f}-{control['high']:.2f})" + ("" if 0.9 <= control["ratio"] <= 1.11 else ": VOID"))
+    least = found["medvlm"]["memory"]
+    print(heading(f"{CLASSES} x {GRID} -> {SIZE}", control))
     print("| way | seconds | times ours (10-90 %) | floor | peak MB | times ours | equal to torch |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, row in found.items():
-        ratio = f"{row['ratio']:.1f} ({row['low']:.1f}-{row['high']:.1f})" if "ratio" in row else "1"
+        ratio = ratio_text(row)
         gate = "yes" if row["equal"] >= EQUAL else "NO"
-        print(f"| {name} | {row['seconds']:.2f} | {ratio} | {FLOORS.get(name, '')} | {row['memory'] / 1e6:.0f} | {row['memory'] / ours:.0f} | {row['equal']:.7%} {gate} |")
+        print(f"| {name} | {row['seconds']:.2f} | {ratio} | {FLOORS.get(name, '')} | {row['memory'] / 1e6:.0f} | {row['memory'] / least:.0f} | {row['equal']:.7%} {gate} |")
     print(f"memory floor against zoom: {MEMORY_FLOOR:.0f} times")
-    result = {"classes": CLASSES, "grid": GRID, "size": SIZE, "processors": os.cpu_count(), "load": load, "control": control, "ways": found}
-    print(json.dumps(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+    record({"classes": CLASSES, "grid": GRID, "size": SIZE, "control": control, "ways": found}, args.json)
 
 
 if __name__ == "__main__":

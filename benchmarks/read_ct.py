@@ -1,8 +1,6 @@
 """How fast a CT series becomes float32 Hounsfield units with a checked affine, beside SimpleITK, MONAI and pydicom.
 
-The rules: both sides in one process in alternating order, at least 11 pairs, the median of the pair ratios with its
-10-90 % band, an A/A control that voids the run when its median leaves 0.90-1.11, equal voxels and affine before any
-time counts, memory from one fresh process a reader (VmHWM after minus before). Warm page cache, two threads.
+Rules: pairs.py. Voxels and affine must be equal before any time counts.
 
     python benchmarks/read_ct.py [--slices 300] [--size 512] [--pairs 11] [--json FILE]
 """
@@ -10,20 +8,18 @@ time counts, memory from one fresh process a reader (VmHWM after minus before). 
 import argparse
 import contextlib
 import gc
-import json
 import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 for name in ("OMP_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"):
     os.environ.setdefault(name, "2")
 
 import numpy as np  # noqa: E402
+from pairs import alone, heading, high_water, pairs, ratio_text, record  # noqa: E402
 
 SPACING, STEP, ORIGIN = (0.7, 0.65), 1.25, (-180.0, -170.0, -300.0)
 FLOORS = {"simpleitk": 3.5, "monai": 8.0, "pydicom": 1.6}
@@ -110,41 +106,6 @@ def pydicom(folder: Path):
 READERS = {"medvlm": medvlm, "simpleitk": simpleitk, "monai": monai, "pydicom": pydicom}
 
 
-def timed(reader, folder: Path) -> float:
-    gc.collect()
-    started = time.perf_counter()
-    result = reader(folder)
-    took = time.perf_counter() - started
-    del result
-    return took
-
-
-def pairs(a, b, folder: Path, count: int) -> dict[str, float]:
-    """Seconds of both sides, and the ratio b / a of ``count`` alternating pairs."""
-    first, second = [], []
-    for n in range(count):
-        if n % 2:
-            second.append(timed(b, folder))
-            first.append(timed(a, folder))
-        else:
-            first.append(timed(a, folder))
-            second.append(timed(b, folder))
-    ratios = np.array(second) / np.array(first)
-    low, middle, high = np.percentile(ratios, (10, 50, 90))
-    return {"seconds": float(np.median(second)), "ours": float(np.median(first)), "ratio": float(middle), "low": float(low), "high": float(high), "pairs": count}
-
-
-def high_water() -> int:
-    text = Path("/proc/self/status").read_text()
-    return int(text.split("VmHWM:")[1].split()[0]) << 10
-
-
-def extra_memory(name: str, folder: Path) -> float:
-    """Peak memory over that before the call, divided by the size of the output, in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, "--memory-of", name, "--folder", str(folder)], capture_output=True, text=True, check=True)
-    return float(done.stdout.split()[-1])
-
-
 def measure_memory(name: str, folder: Path, tiny: Path) -> float:
     reader = READERS[name]
     reader(tiny)  # imports and caches are not what is measured
@@ -188,26 +149,22 @@ def main() -> None:
             del voxels
         del truth
         with contextlib.redirect_stderr(None):
-            control = pairs(medvlm, medvlm, folder, args.pairs)
+            ours = partial(medvlm, folder)
+            control = pairs(ours, ours, args.pairs)
             for name in found:
                 if name != "medvlm":
-                    found[name] |= pairs(medvlm, READERS[name], folder, args.pairs)
+                    found[name] |= pairs(ours, partial(READERS[name], folder), args.pairs)
         for name in found:
-            found[name]["memory"] = extra_memory(name, folder)
+            found[name]["memory"] = alone(__file__, "--memory-of", name, "--folder", str(folder))
     found["medvlm"]["seconds"] = control["ours"]
-    load = os.getloadavg()[0]
-    print(f"{args.slices} slices of {args.size} x {args.size}, {platform.machine()}, {os.cpu_count()} processors, load {load:.2f}")
-    print(f"A/A control: median {control['ratio']:.2f} (10-90 %: {control['low']:.2f}-{control['high']:.2f})" + ("" if 0.9 <= control["ratio"] <= 1.11 else ": VOID"))
+    print(heading(f"{args.slices} slices of {args.size} x {args.size}", control))
     print("| reader | seconds | times ours (10-90 %) | floor | peak memory / output | equal voxels and affine |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, row in found.items():
-        ratio = f"{row['ratio']:.1f} ({row['low']:.1f}-{row['high']:.1f})" if "ratio" in row else "1"
+        ratio = ratio_text(row)
         floor = FLOORS.get(name, f"memory {MEMORY}")
         print(f"| {name} | {row['seconds']:.3f} | {ratio} | {floor} | {row['memory']:.2f} | {'yes' if row['gate'] else 'NO'} |")
-    result = {"slices": args.slices, "size": args.size, "processors": os.cpu_count(), "load": load, "control": control, "readers": found}
-    print(json.dumps(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+    record({"slices": args.slices, "size": args.size, "control": control, "readers": found}, args.json)
 
 
 if __name__ == "__main__":
