@@ -88,8 +88,9 @@ def freeze_unread(encoder: Encoder) -> None:
     for k in named:
         ghosts[k].requires_grad_(True)
     x = torch.empty(2, encoder.spec.channels, *encoder.spec.size, device="meta")
-    found = torch.func.functional_call(encoder, ghosts, (x,))
-    grads = torch.autograd.grad(found.tokens.sum() + found.pooled.sum(), [ghosts[k] for k in named], allow_unused=True)
+    with torch.enable_grad():
+        found = torch.func.functional_call(encoder, ghosts, (x,))
+        grads = torch.autograd.grad(found.tokens.sum() + found.pooled.sum(), [ghosts[k] for k in named], allow_unused=True)
     for p, grad in zip(named.values(), grads):
         if grad is None:
             p.requires_grad_(False)
