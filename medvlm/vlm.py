@@ -123,11 +123,11 @@ class MedVLM(PreTrainedModel, GenerationMixin):
         return sum(self.count(name) for name in self.route(modality))
 
     def head(self, kind: str, encoder: str) -> nn.Module | None:
-        """The head of a kind that reads an encoder: the one named ``kind_encoder``, else ``kind``, else None."""
-        for name in (f"{kind}_{encoder}", kind):
-            if name in self.heads:
-                return self.heads[name]
-        return None
+        """The head of a kind that reads an encoder: ``kind_encoder``, or plain ``kind`` for the first encoder; None without."""
+        name = f"{kind}_{encoder}"
+        if name not in self.heads and encoder == next(iter(self.encoders)):
+            name = kind
+        return self.heads[name] if name in self.heads else None
 
     @property
     def guided(self) -> bool:

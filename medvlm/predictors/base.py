@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -173,27 +174,35 @@ def pretrained(kind, source: str | Path, **options):
         ModelError: BAD_CHECKPOINT when it cannot be read, or when weights are missing, unknown or of the wrong shape.
     """
     import torch
+
+    with reading("model"):
+        model, info = kind.from_pretrained(source, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
+                                           local_files_only=Path(source).is_dir(), **{"dtype": torch.float32} | options)  # fmt: skip
+    wrong = {k: sorted(map(str, v))[:3] for k, v in info.items() if v}
+    if wrong:
+        raise ModelError(f"the weights do not fit the configuration: {wrong}", "BAD_CHECKPOINT")
+    return model
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """transformers kept quiet while it reads a checkpoint's files, and what is wrong with them as BAD_CHECKPOINT."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, info = kind.from_pretrained(source, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
-                                           local_files_only=Path(source).is_dir(), **{"dtype": torch.float32} | options)  # fmt: skip
+        yield
     except MedVLMError:
         raise
     except Exception as error:  # transformers, tokenizers and safetensors have kinds of their own, and a file can be anything
         said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"the model cannot be read: {said}", "BAD_CHECKPOINT") from error
+        raise ModelError(f"the {what} cannot be read: {said}", "BAD_CHECKPOINT") from error
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-    wrong = {k: sorted(map(str, v))[:3] for k, v in info.items() if v}
-    if wrong:
-        raise ModelError(f"the weights do not fit the configuration: {wrong}", "BAD_CHECKPOINT")
-    return model
 
 
 def digest(file: Path) -> str:

@@ -93,6 +93,7 @@ class NativeModel(Model):
         self.name, self.version = about.get("name", "medvlm"), about.get("version", "0")
         self.reads = tuple(about.get("reads", ()))
         self.targets, self.findings = tuple(about.get("targets", ())), tuple(about.get("findings", ()))
+        self._limit = vlm.lm.config.max_position_embeddings - 64  # the rest is for the answer
         self._seen: dict[int, tuple] = {}
         self._trunk: tuple | None = None
 
@@ -126,8 +127,7 @@ class NativeModel(Model):
         """Predictions for samples about the same images."""
         began = time.perf_counter()
         images = samples[0].images
-        for picture in images.values():
-            self._may_read(picture)
+        self._may_read(list(images.values()))
         asked = []
         for sample in samples:
             check_question(sample.question)
@@ -278,17 +278,21 @@ class NativeModel(Model):
 
     def _readable(self, study: Study | str | Path, image: str | None) -> Image | Volume:
         picture = pick(study, image, self.reads)
-        self._may_read(picture)
+        self._may_read([picture])
         return picture
 
-    def _may_read(self, picture: Image | Volume) -> None:
-        if reason := self.scope(picture):
-            raise ModelError(reason, "OUT_OF_SCOPE")
+    def _may_read(self, pictures: Sequence[Image | Volume]) -> None:
+        if len(pictures) > self._limit:  # each takes a token at least
+            raise ModelError(f"{len(pictures)} images at once; this model reads {self._limit} tokens, and an image takes several", "QUESTION_TOO_LONG")
+        for picture in pictures:
+            if reason := self.scope(picture):
+                raise ModelError(reason, "OUT_OF_SCOPE")
 
     def _images(self, study, image: str | None) -> dict[str, Image | Volume]:
         """What a question is about: one image, or one of each study of a list (views, or a prior and the present one)."""
         several = isinstance(study, Sequence) and not isinstance(study, str)
-        pictures = [self._readable(one, image) for one in (study if several else [study])]
+        pictures = [pick(one, image, self.reads) for one in (study if several else [study])]
+        self._may_read(pictures)
         clash = len({p.id for p in pictures}) < len(pictures)
         return {f"{k}-{p.id}" if clash else p.id: p for k, p in enumerate(pictures, start=1)}
 
@@ -337,8 +341,7 @@ class NativeModel(Model):
     def _encoded(self, images: Mapping[str, Image | Volume], turns: Sequence[Turn], answer: bool) -> Encoded:
         """A conversation as tokens; only its last answer is labelled."""
         counts = {key: self.vlm.tokens(x.modality) for key, x in images.items()}
-        limit = self.vlm.lm.config.max_position_embeddings - 64
-        row = encode(self.tokenizer, Sample("question", images=images, turns=tuple(turns)), counts, answer, limit)
+        row = encode(self.tokenizer, Sample("question", images=images, turns=tuple(turns)), counts, answer, self._limit)
         start = len(row.ids)
         while start and row.labels[start - 1] >= 0:
             start -= 1
@@ -421,7 +424,7 @@ class NativeModel(Model):
         known = torch.tensor([head.labels.index(t) if t in head.labels else -1 for t in targets], device=self.vlm.device)
         drawn = head.decode(embedding, _prompts(len(targets), self.vlm.device, tokens=self.vlm.seg_states(batch, out), named=known))
         chances = head.probability(drawn.present).tolist()
-        masks = [(frame.map_to_image(_even(each[None]))[0] > 0).cpu().numpy() for each in drawn.logits]  # one native grid at a time
+        masks = [frame.masks(_even(each[None]))[0] for each in drawn.logits]
         return [Segmentation(picture, t, m if c >= PRESENT else np.zeros_like(m), c) for t, m, c in zip(targets, masks, chances)]
 
     @torch.no_grad()
@@ -434,10 +437,10 @@ class NativeModel(Model):
             centres = frame.to_input(given[:, :-1] + 0.5) - 0.5
             prompt |= {"points": torch.tensor(centres, device=device).float()[None], "labels": torch.tensor(given[:, -1], device=device).long()[None]}
         if boxes is not None:
-            prompt["boxes"] = torch.tensor(frame.to_input(corners(boxes, picture)), device=device).float()[None]
+            prompt["boxes"] = torch.tensor(frame.box_to_input(corners(boxes, picture)), device=device).float()[None]
         head = self.vlm.head("mask", name)
         drawn = head.decode(embedding, _prompts(1, device, **prompt))
-        mask = (frame.map_to_image(_even(drawn.logits))[0] > 0).cpu().numpy()
+        mask = frame.masks(_even(drawn.logits))[0]
         return Segmentation(picture, label, mask, float(mask.any()))
 
 
@@ -453,8 +456,9 @@ def _joined(group: Sequence[Features]) -> Features:
 
 
 def _even(logits: torch.Tensor) -> torch.Tensor:
-    """(P, h, w) averaged over 3 x 3: the decoder's transposed convolutions leave a checkerboard along the edges."""
-    return torch.nn.functional.avg_pool2d(logits[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
+    """(P, *grid) averaged over 3 cells an axis: the decoder's transposed convolutions leave a checkerboard along the edges."""
+    pool = {3: torch.nn.functional.avg_pool2d, 4: torch.nn.functional.avg_pool3d}[logits.ndim]
+    return pool(logits[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
 
 
 def _prompts(count: int, device, **given):
