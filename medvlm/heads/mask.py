@@ -6,7 +6,7 @@ a neck that makes one embedding out of an encoder's levels; a coarse map for eac
 that embedding (deep supervision, Lee et al. 2015, arXiv:1409.5185: a decoder without pretrained weights hardly learns
 without), from which a prompt that names it starts; a projection of [SEG] states to prompt tokens (LISA, Lai et al. 2023,
 arXiv:2308.00692, section 3.2); a probability that the target is there; one image a prompt in a batch; and, where asked
-for, a refiner that draws what is thinner than the decoder's cells. The only file that knows SAM's (x, y) order.
+for, a refiner that draws what is thinner than the decoder's cells. SAM's (x, y) order is known here and in its twins only.
 
 A flipped image with flipped prompts does not give the flipped mask of the same weights: random Fourier positions and
 transposed convolutions tell left from right. That of mirrored weights (frequencies negated, kernels flipped) it is.
