@@ -107,6 +107,20 @@ def idefics3():
     return hf.Idefics3ForConditionalGeneration(config), hf.Idefics3Processor(eyes, words, image_seq_len=4, chat_template=template("<image>"))
 
 
+def mllama():
+    """Llama 3.2 Vision: its images are looked at across, and stand in the text as one token."""
+    words = tokenizer("<|image|>", "<|python_tag|>", bos_token="<|user|>")
+    config = hf.MllamaConfig(
+        vision_config={"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2, "image_size": 28,
+                       "vision_output_dim": 64, "intermediate_layers_indices": [1]},
+        text_config=text(words, cross_attention_layers=[1]) | {"bos_token_id": words.bos_token_id}, image_token_index=words.convert_tokens_to_ids("<|image|>"),
+    )  # fmt: skip
+    eyes = hf.MllamaImageProcessor(size={"height": 28, "width": 28}, max_image_tiles=4, **EVEN)
+    model = hf.MllamaForConditionalGeneration(config)
+    torch.nn.init.ones_(next(p for n, p in model.named_parameters() if "cross_attn_attn_gate" in n))  # it begins shut
+    return model, hf.MllamaProcessor(eyes, words, template("<|image|>"))
+
+
 def paligemma():
     """Its prompt sees itself both ways, so that nothing of it can be shared."""
     words = tokenizer(named={"image_token": "<image>"}, bos_token="<|user|>")
@@ -121,7 +135,7 @@ def paligemma():
     return model, processor
 
 
-FAMILIES = (llava, qwen2_5_vl, qwen3_vl, qwen3_5, gemma3, internvl, idefics3)
+FAMILIES = (llava, qwen2_5_vl, qwen3_vl, qwen3_5, gemma3, internvl, idefics3, mllama)
 
 
 def save(make, folder: Path, seed: int = 0) -> Path:

@@ -9,6 +9,7 @@ rounding, this model answers question by question (``not_shared`` says why).
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import logging
 import re
@@ -26,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from ..errors import ModelError
 from ..sample import Answer
-from .base import digest, place, pretrained
+from .base import digest, place, pretrained, reading
 from .chat import Chat, Request, pictures
 
 SAME = {4: 1e-4, 2: 3e-2}
@@ -51,7 +52,7 @@ def load(source: str, device: str | None = None) -> TransformersModel:
         raise ModelError(f"{source!r} is neither a folder nor a name on the hub", "NO_SUCH_PART", "give hf:FOLDER or hf:ORG/NAME")
     where = folder if folder.is_dir() else source
     local = {"local_files_only": folder.is_dir(), "trust_remote_code": False}
-    with _reading("configuration"):
+    with reading("configuration"):
         raw, _ = PreTrainedConfig.get_config_dict(where, **local)
     if (kind := raw.get("model_type")) not in CONFIG_MAPPING:
         what = "asks to run code of its own, which is never done" if "auto_map" in raw else f"has no config.json that transformers knows (type {str(kind)[:40]})"
@@ -61,11 +62,11 @@ def load(source: str, device: str | None = None) -> TransformersModel:
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ModelError("the model's folder has no weights as safetensors; pickles are not read", "BAD_CHECKPOINT",
                          "save it again with save_pretrained, on a machine where you trust the file")  # fmt: skip
-    with _reading("configuration"):
+    with reading("configuration"):
         config = AutoConfig.from_pretrained(where, **local)
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ModelError(f"a model of type {config.model_type} does not answer images and text with text", "BAD_CHECKPOINT", "give a vision-language model")
-    with _reading("processor"):
+    with reading("processor"):
         processor = AutoProcessor.from_pretrained(where, **local)
     if getattr(processor, "image_processor", None) is None or not getattr(processor, "chat_template", None) or config.is_encoder_decoder:
         raise ModelError("the model has no image processor, no chat template, or is an encoder and decoder: it cannot be talked to", "BAD_CHECKPOINT",
@@ -98,8 +99,6 @@ class TransformersModel(Chat):
         files = sorted(self.folder.glob("*.safetensors")) if self.folder else []
         if len(files) < 2:
             return digest(files[0]) if files else None
-        import hashlib
-
         return hashlib.sha256("".join(map(digest, files)).encode()).hexdigest()
 
     @torch.no_grad()
@@ -115,7 +114,7 @@ class TransformersModel(Chat):
                 if start and trunk is None:
                     trunk = self._prefill(prompt, start)[1]
                 logits, cache = self._prefill(prompt) if trunk is None else self._follow(prompt, start, trunk)
-                answers.append(self._choose(asked, logits, cache) if asked.choices else self._write(asked, prompt, logits, cache))
+                answers.append((self._choose if asked.choices else self._write)(asked, prompt, logits, cache))
             except Exception as error:  # one of them must not lose the others
                 answers.append(error)
         return answers
@@ -146,7 +145,7 @@ class TransformersModel(Chat):
         length = inputs["input_ids"].shape[1]
         if length >= self.limit:
             raise ModelError(f"the conversation takes {length} tokens; this model reads {self.limit}", "QUESTION_TOO_LONG")
-        return inputs.to(self.model.device, dtype=self.model.dtype)
+        return inputs
 
     def _messages(self, asked: Request, shown) -> list[dict]:
         messages = []
@@ -191,35 +190,40 @@ class TransformersModel(Chat):
         try:
             exact = self._prefill(prompt)[0]
             gap = float((self._follow(prompt, start, self._prefill(prompt, start)[1])[0] - exact).abs().max())
-            if gap <= SAME[self.model.dtype.itemsize] * max(float(exact.abs().max()), 1.0):
+            if gap <= SAME.get(self.model.dtype.itemsize, SAME[4]) * max(float(exact.abs().max()), 1.0):
                 self._proven = True
                 return
             why = f"its logits differ by {gap:.2g}"
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        except Exception as error:  # of foreign code; the whole prompt will say what is wrong, if anything is
             why = f"it fails with {type(error).__name__}"
         self.not_shared = f"{why} when questions go on from a shared prefix, so each question runs by itself"
         log.warning("%s: %s", self.name, self.not_shared)
 
-    def _run(self, **inputs) -> tuple[Tensor, Cache]:
-        out = self.model(**inputs, use_cache=True)
+    def _run(self, inputs, cache: Cache | None = None, **options) -> tuple[Tensor, Cache]:
+        """(B, T, V) logits after these inputs, moved to the model here and not earlier, and the cache."""
+        placed = BatchFeature(dict(inputs)).to(self.model.device, dtype=self.model.dtype)
+        out = self.model(**placed, past_key_values=cache, use_cache=True, **options)
+        if out.logits.isnan().any():
+            raise ModelError(f"{self.name} answers with NaN in {self.model.dtype}", "BAD_CHECKPOINT", "its weights may be damaged, or overflow in this precision")
         return out.logits.float(), out.past_key_values
 
     def _prefill(self, prompt: BatchFeature, length: int | None = None) -> tuple[Tensor, Cache]:
         """(V,) logits after the prompt, or after its first tokens with all its images, and the cache."""
         size = prompt["input_ids"].shape
-        cut = {k: v[..., :length] if isinstance(v, Tensor) and v.shape == size else v for k, v in prompt.items()}
-        logits, cache = self._run(**cut, **self._last)
+        cut = {k: v[:, :length] if isinstance(v, Tensor) and v.shape[:2] == size else v for k, v in prompt.items()}
+        logits, cache = self._run(cut, **self._last)
         return logits[0, -1], cache
 
     def _follow(self, prompt: BatchFeature, start: int, trunk: Cache) -> tuple[Tensor, Cache]:
         """(V,) logits after the prompt whose first tokens are in the trunk, and a cache of its own."""
-        logits, cache = self._run(input_ids=prompt["input_ids"][:, start:], past_key_values=_fork(trunk), **self._last)
+        rest = {"input_ids": prompt["input_ids"][:, start:], **_tied(prompt, slice(start, None))}
+        logits, cache = self._run(rest, _fork(trunk), **self._last)
         return logits[0, -1], cache
 
-    def _choose(self, asked: Request, logits: Tensor, cache: Cache) -> Answer:
+    def _choose(self, asked: Request, prompt: BatchFeature, logits: Tensor, cache: Cache) -> Answer:
         """The likeliest choice: the chance of each whole answer with its end mark, as it stands or with a capital."""
         spelled = [(choice, form) for choice in asked.choices for form in dict.fromkeys((choice, choice[:1].upper() + choice[1:]))]
-        scores = self._likelihood([self._answer_tokens(asked, form) for _, form in spelled], logits, cache)
+        scores = self._likelihood([self._answer_tokens(asked, form) for _, form in spelled], prompt, logits, cache)
         whole = torch.stack([torch.logsumexp(torch.stack([s for s, (of, _) in zip(scores, spelled) if of == choice]), 0) for choice in asked.choices])
         chances = dict(zip(asked.choices, whole.softmax(0).tolist()))
         text = max(chances, key=chances.get)
@@ -238,7 +242,7 @@ class TransformersModel(Chat):
         end = next((t for t in tail_ids if t in self.ends), self.ends[0] if self.ends else None)
         return [*self.tokenizer(lead + answer, add_special_tokens=False)["input_ids"], *([] if end is None else [end])]
 
-    def _likelihood(self, answers: Sequence[list[int]], logits: Tensor, cache: Cache) -> list[Tensor]:
+    def _likelihood(self, answers: Sequence[list[int]], prompt: BatchFeature, logits: Tensor, cache: Cache) -> list[Tensor]:
         """Log probability of each token sequence that may come next; padding on the right is seen by nothing."""
         together = all(type(layer) in GROWING for layer in getattr(cache, "layers", [None]))
         found: list[Tensor] = []
@@ -249,8 +253,9 @@ class TransformersModel(Chat):
                 forked = _fork(cache)
                 if len(rows) > 1:
                     forked.batch_repeat_interleave(len(rows))
-                ids = torch.tensor([row[:-1] + [0] * (width - len(row) + 1) for row in rows], device=logits.device)
-                after = torch.cat([after, self._run(input_ids=ids, past_key_values=forked)[0]], 1)
+                ids = torch.tensor([row[:-1] + [0] * (width - len(row) + 1) for row in rows])
+                tied = {k: v.expand(*ids.shape, *v.shape[2:]) for k, v in _tied(prompt, slice(-1, None)).items()}
+                after = torch.cat([after, self._run({"input_ids": ids, **tied}, forked)[0]], 1)
             for row, each in zip(rows, after):
                 chance = each[: len(row)].log_softmax(-1)
                 found.append(chance.gather(1, torch.tensor(row, device=chance.device)[:, None]).sum())
@@ -267,11 +272,18 @@ class TransformersModel(Chat):
             if token in self.ends:
                 break
             ids.append(token)
-            rows, cache = self._run(input_ids=torch.tensor([[token]], device=logits.device), past_key_values=cache)
+            rows, cache = self._run({"input_ids": torch.tensor([[token]]), **_tied(prompt, slice(-1, None))}, cache)
             logits = rows[0, -1]
         else:
             log.warning("%s: the answer was cut at %d tokens", self.name, len(ids))
         return Answer(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), float(torch.tensor(total).exp()))
+
+
+def _tied(prompt: BatchFeature, places: slice) -> dict[str, Tensor]:
+    """What a model wants to know of tokens beyond their ids and kind, for these places: which images each may look at
+    (Llama 3.2 Vision). Tokens after the prompt look at what its last token does."""
+    size = prompt["input_ids"].shape
+    return {k: v[:, places] for k, v in prompt.items() if isinstance(v, Tensor) and v.ndim > 2 and v.shape[:2] == size}
 
 
 def _fork(cache: Cache) -> Cache:
@@ -305,17 +317,6 @@ class _Remembering:
 
     def __getattr__(self, name):
         return getattr(self.real, name)
-
-
-@contextmanager
-def _reading(what: str):
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:  # transformers and tokenizers have kinds of their own, and a file can be anything
-        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"the model's {what} cannot be read: {said}", "BAD_CHECKPOINT") from error
 
 
 def _foreign_kernels(raw) -> str | None:

@@ -158,3 +158,22 @@ def test_python_dash_m_is_the_command(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == ""
     done = shell("show", studies.picture(tmp_path / "a.png"), "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["images"][0]["unit"] == "uint8"
+
+
+def test_embed_writes_a_vector_that_numpy_reads(tmp_path, capsys, monkeypatch):
+    from medvlm.predictors.base import Model
+
+    class Seer(Model):
+        name = "seer"
+
+        def embed(self, study_or_text, image=None):
+            return np.array([0.6, 0.8], np.float32)
+
+    monkeypatch.setattr("medvlm.predictors.load", lambda *_: Seer())
+    picture = studies.picture(tmp_path / "a.png")
+    status, out, _ = run(capsys, "embed", picture, "--out", tmp_path / "a.npy", "--json")
+    assert status == 0 and json.loads(out)["size"] == 2 and np.load(tmp_path / "a.npy").tolist() == pytest.approx([0.6, 0.8])
+    status, out, err = run(capsys, "embed", picture, "--out", tmp_path / "a.txt")
+    assert (status, out) == (2, "") and ".npy" in err
+    status, _, err = run(capsys, "classify", picture, "pneumonia")
+    assert status == 2 and "seer cannot classify; it can embed" in err

@@ -59,8 +59,12 @@ class Reference:
     def logits(self, inputs, more=()):
         """(1 + len(more), V) logits of the last token of the prompt and of those after it."""
         ids = torch.cat([inputs["input_ids"], torch.tensor([list(more)], dtype=torch.long)], 1)
-        longer = {k: torch.cat([v, torch.full((1, len(more)), int(k == "attention_mask"))], 1) if v.shape == inputs["input_ids"].shape else v for k, v in inputs.items()}
-        return self.model(**{**longer, "input_ids": ids}, use_cache=False).logits[0, inputs["input_ids"].shape[1] - 1 :]
+        size = inputs["input_ids"].shape
+        longer = {k: torch.cat([v, torch.full((1, len(more)), int(k == "attention_mask"))], 1) if v.shape == size else v for k, v in inputs.items()}
+        if "cross_attention_mask" in inputs:
+            last = inputs["cross_attention_mask"][:, -1:].expand(-1, len(more), -1, -1)
+            longer["cross_attention_mask"] = torch.cat([inputs["cross_attention_mask"], last], 1)
+        return self.model(**{**longer, "input_ids": ids}, use_cache=False).logits[0, size[1] - 1 :]
 
     def choices(self, inputs, choices):
         scores = []
@@ -107,17 +111,21 @@ def test_answers_are_those_of_transformers_on_the_whole_prompt(name, folders, mo
     assert gap(answer.choices, other.choices) > 1e-4  # it looks at the picture
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", [*NAMES, "paligemma"])
 def test_the_same_answers_alone_batched_and_on_a_shared_prefix(name, folders, caplog):
     model, picture, other = load(f"hf:{folders(name)}", "cpu"), tiny.picture(size=(40, 56)), tiny.picture(size=(44, 44), seed=3)
     asked = [(CLOSED, None, picture), (PICK, ("left", "right", "both sides"), picture), (CLOSED, None, other), ("Is the heart large?", None, picture), (PICK, ("left", "right"), other)]
     samples = [Sample(str(k), images={p.id: p}, turns=(Turn("user", q),), choices=c) for k, (q, c, p) in enumerate(asked)]
+    read = []
+    model.model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: read.append(inputs[0].numel()))
     alone = [model.predict([s])[0] for s in samples]
-    looks = []
-    hook = model.model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: looks.append(inputs[0].shape[1] if inputs else 0))
+    tokens = [sum(read)]
     with caplog.at_level(logging.WARNING):
         together = model.predict(samples)
-    hook.remove()
+        read.clear()
+        model.predict(samples)
+    tokens.append(sum(read))
     off = max(gap(a.choices, b.choices) for a, b in zip(alone, together))
     print(f"{name}: {off:.2g}, {model.not_shared or 'shared'}")
     assert off <= 1e-5 and [p.text for p in alone] == [p.text for p in together] and [p.id for p in together] == list("01234") and all(p.seconds > 0 for p in together)
@@ -125,9 +133,9 @@ def test_the_same_answers_alone_batched_and_on_a_shared_prefix(name, folders, ca
     shared, single = model.replies(free), [model.replies([r])[0] for r in free]
     assert [a.text for a in shared] == [a.text for a in single] and np.allclose([a.probability for a in shared], [a.probability for a in single], rtol=1e-3, atol=1e-7)
     if name == "paligemma":  # its pictures see the question, so nothing can be shared, and it says so
-        assert "differ" in model.not_shared and caplog.text.count(model.not_shared) == 1
+        assert tokens[0] == tokens[1] and "differ" in model.not_shared and caplog.text.count(model.not_shared) == 1
     else:
-        assert model.not_shared is None and model._proven and "prefix" not in caplog.text
+        assert tokens[1] < tokens[0] and model.not_shared is None and model._proven and "prefix" not in caplog.text
 
 
 def test_images_are_prepared_and_encoded_once_for_all_their_questions(folders, monkeypatch):
@@ -260,6 +268,29 @@ def test_a_folder_is_read_without_the_network_and_its_weights_are_named(folders,
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was touched"))
     model = load(f"hf:{folders('llava')}", "cpu")
     assert model.name == "llava" and len(model.sha256) == 64 and model.reads == () and model.model.dtype == torch.float32
+
+
+def test_half_precision_and_shards_answer_nearly_the_same(folders, models, tmp_path):
+    whole, picture = models("llava"), tiny.picture()
+    half = AutoModelForImageTextToText.from_pretrained(folders("llava"), dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half", max_shard_size="40KB")
+    whole.processor.save_pretrained(tmp_path / "half")
+    model = load(f"hf:{tmp_path / 'half'}", "cpu")
+    assert model.model.dtype == torch.bfloat16 and len(list((tmp_path / "half").glob("*.safetensors"))) > 1 and len(model.sha256) == 64 and model.sha256 != whole.sha256
+    samples = [Sample(q, images={"a": picture}, turns=(Turn("user", q),)) for q in (CLOSED, "Is the heart large?")]
+    for rough, fine in zip(model.predict(samples), whole.predict(samples)):
+        assert 0 < gap(rough.choices, fine.choices) < 0.02
+    assert model.not_shared is None
+    half.half().save_pretrained(tmp_path / "half", max_shard_size="40KB")
+    assert load(f"hf:{tmp_path / 'half'}", "cpu").model.dtype == torch.float32
+
+
+def test_numbers_that_are_none_are_an_error(folders):
+    model = load(f"hf:{folders('llava')}", "cpu")
+    with torch.no_grad():
+        model.model.lm_head.weight[0] = torch.nan
+    with pytest.raises(ModelError, match="answers with NaN"):
+        model.ask(tiny.picture(), CLOSED)
 
 
 class Bomb:
