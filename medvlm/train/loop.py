@@ -224,7 +224,7 @@ def _record(out: Path, recipe, data: Path, samples: dict, seed: int, precision: 
     """What was run, with what: the resolved recipe, package versions and a fingerprint of each data set."""
     fingerprints = {}
     for name, group in samples.items():
-        manifest = data / name / "manifest.jsonl"
+        manifest = data / name.partition("/")[0] / "manifest.jsonl"
         digest = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
         fingerprints[name] = {"samples": len(group), "manifest_sha256": digest}
     versions = {}
