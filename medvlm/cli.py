@@ -247,6 +247,26 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
+def export_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a bundled model or a model's folder")
+    parser.add_argument("--to", required=True, choices=("llava", "open_clip", "onnx", "torch"), help="the form to write")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--drop-heads", action="store_true", help="llava: leave masks and classes behind, which it has no place for")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def export(args: argparse.Namespace) -> int:
+    """a model in a form that loads without this package, compared with the model once written"""
+    from pathlib import Path
+
+    from .export import export
+    from .predictors import find
+
+    gaps = export(find(args.model), args.to, Path(args.out), args.drop_heads)
+    print(json.dumps({"out": args.out, "largest_differences": gaps}) if args.json else "\n".join(f"{name}: largest difference {gap:.2g}" for name, gap in gaps.items()))
+    return 0
+
+
 def demo_arguments(parser: Parser) -> None:
     parser.add_argument("study", nargs="*", metavar="STUDY", help="studies to open (default: the examples)")
     parser.add_argument("--model", default="medvlm-tiny", help="a bundled model or a model's folder")
@@ -310,6 +330,7 @@ VERBS: dict[str, tuple[Callable[[Parser], None], Callable[[argparse.Namespace], 
     "classify": (classify_arguments, classify),
     "embed": (embed_arguments, embed),
     "train": (train_arguments, train),
+    "export": (export_arguments, export),
     "demo": (demo_arguments, demo),
     "list": (list_arguments, list_parts),
 }

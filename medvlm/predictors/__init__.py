@@ -32,6 +32,15 @@ def load(name: str | Path = DEFAULT, device: str | None = None, allow_upload: bo
         return module.load(rest, allow_upload) if scheme == "openai" else module.load(rest, device)
     from . import native
 
+    return native.load(find(name), device)
+
+
+def find(name: str | Path) -> Path:
+    """The folder of a model of our own: bundled, saved by ``save_pretrained``, or inside a training run's.
+
+    Raises:
+        ModelError: NO_SUCH_PART.
+    """
     folder = BUNDLED / str(name) if (BUNDLED / str(name) / "config.json").is_file() else Path(name)
     if (folder / "model" / "config.json").is_file():
         folder = folder / "model"  # a training run
@@ -39,4 +48,4 @@ def load(name: str | Path = DEFAULT, device: str | None = None, allow_upload: bo
         there = ", ".join(sorted(p.parent.name for p in BUNDLED.glob("*/config.json")))
         raise ModelError(f"there is no model {str(name)!r}; bundled: {there or 'none'}", "NO_SUCH_PART", 
                          f"give a bundled name, a model's folder, or one of {', '.join(f'{s}:' for s in SCHEMES)}")  # fmt: skip
-    return native.load(folder, device)
+    return folder

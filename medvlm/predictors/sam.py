@@ -18,7 +18,7 @@ from ..errors import ModelError
 from ..imaging import window
 from ..imaging.scan import Image, Volume
 from ..sample import Segmentation
-from .base import Model, clicks, corners, digest, pick, place, pretrained
+from .base import Model, clicks, corners, digest, pick, place, pretrained, reading
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 """Of the RGB channels, 0..255. Source: facebookresearch/segment-anything, build_sam.py (its checkpoints do not hold them)."""
@@ -43,10 +43,8 @@ def load(rest: str, device: str | None = None) -> PromptedModel:
         from transformers import AutoImageProcessor, AutoModelForMaskGeneration
 
         model = pretrained(AutoModelForMaskGeneration, path)
-        try:
+        with reading("image processor"):
             processor = AutoImageProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ModelError("the folder's image processor cannot be read", "BAD_CHECKPOINT", "save it there with its save_pretrained") from error
         return PromptedModel(Folder(place(model, device), processor), model.config.model_type)
     if not path.is_file():
         raise ModelError(f"there is no file {str(path)!r}", "NO_SUCH_PART", "give sam:FILE.pth, sam:medsam:FILE.pth or sam:FOLDER")
