@@ -13,7 +13,7 @@ import torch
 from ..datasets import sentences
 from ..datasets.instruct import MODALITY_WORDS, side_of, word
 from ..encoders.base import Features
-from ..errors import MedVLMError, ModelError
+from ..errors import ModelError
 from ..imaging.scan import Image, Study, Volume
 from ..language import END, IMAGE, ROLES, SEG, Batch, Encoded, collate, encode
 from ..preprocess import to_tensor
