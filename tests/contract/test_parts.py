@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,43 @@ import pytest
 import torch
 
 from medvlm import vlm
+from medvlm.encoders.base import Features
+from medvlm.errors import ModelError
 from medvlm.recipes.base import Recipe, load
 
 HOUSE = Path(vlm.__file__).parent
-TINY = {"image": {"model": "test_byobnet", "size": (64, 64)}}
-"""Arguments that make an encoder small enough for a test; an encoder that is not here is built as it comes."""
+PLAIN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+CLIP = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
+THREE = {"hidden_size": 24, "mlp_dim": 32, "num_layers": 2, "num_heads": 2, "patch": (4, 8, 8)}
+ENCODERS = {
+    "timm pyramid": ("image", {"model": "test_byobnet", "size": (64, 64)}),
+    "timm swin": ("image", {"model": {"name": "swin_tiny_patch4_window7_224", "depths": (1, 1, 1, 1), "embed_dim": 24}, "size": (64, 64)}),
+    "timm vit": ("image", {"model": "test_vit", "size": (32, 32), "channels": 3}),
+    "timm dinov2": ("image", {"model": {"name": "vit_small_patch14_reg4_dinov2", "depth": 2, "embed_dim": 48, "num_heads": 2}, "size": (28, 28)}),
+    "timm dinov3": ("image", {"model": {"name": "vit_small_patch16_dinov3", "depth": 2, "embed_dim": 48, "num_heads": 2}, "size": (32, 32)}),
+    "timm eva": ("image", {"model": {"name": "eva02_tiny_patch14_224", "depth": 2, "embed_dim": 48, "num_heads": 2}, "size": (28, 28)}),
+    "timm siglip": ("image", {"model": {"name": "vit_base_patch16_siglip_224", "depth": 2, "embed_dim": 48, "num_heads": 2}, "size": (32, 32), "feature_layer": -2}),
+    "open_clip vit": ("image", {"library": "open_clip", "model": {"embed_dim": 16, "vision_cfg": CLIP}}),
+    "open_clip resnet": ("image", {"library": "open_clip", "model": {"embed_dim": 16, "vision_cfg": {"image_size": 64, "layers": (1, 1, 1, 1), "width": 8, "head_width": 16}}}),
+    "open_clip timm": ("image", {"library": "open_clip", "model": {"vision_cfg": {"image_size": 32, "timm_model_name": "test_vit3", "timm_pool": "map"}}}),
+    "transformers clip": ("image", {"library": "transformers", "model": {"model_type": "clip_vision_model", "intermediate_size": 48, **PLAIN}, "feature_layer": -2}),
+    "transformers siglip": ("image", {"library": "transformers", "model": {"model_type": "siglip_vision_model", "intermediate_size": 48, **PLAIN}}),
+    "transformers dinov2": ("image", {"library": "transformers", "model": {"model_type": "dinov2", **PLAIN}}),
+    "transformers dinov3": ("image", {"library": "transformers", "model": {"model_type": "dinov3_vit", "intermediate_size": 48, **PLAIN}}),
+    "monai vit": ("volume", {"net": "vit", "size": (8, 16, 16), "model": THREE, "windows": ("medgemma",)}),
+    "monai swin": ("volume", {"net": "swin_unetr", "size": (32, 64, 64), "model": {"patch": (1, 2, 2), "embed_dim": 12, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window": 3}}),
+    "monai segresnet": ("volume", {"net": "segresnet", "size": (8, 16, 16), "model": {"blocks_down": (1, 1, 1)}}),
+    "monai resnet": ("volume", {"net": "resnet", "size": (16, 32, 32), "model": {"layers": (1, 1, 1, 1), "block_inplanes": (8, 16, 32, 64)}}),
+    "slices": ("slices", {"encoder": {"model": "test_vit"}, "size": (3, 32, 32), "windows": ("lung",), "chunk": 2, "levels": True}),
+    "tiles": ("tiles", {"encoder": {"model": "test_byobnet"}, "size": (64, 128), "tile": (64, 64)}),
+}  # fmt: skip
+"""Each kind of encoder of pictures and volumes, small enough for a test."""
+PROJECTORS = {
+    "linear": {}, "mlp": {}, "resampler": {"queries": 3, "heads": 2}, "shuffle": {"factor": (1, 2)}, "shuffle 3-D": {"factor": (1, 2, 2)},
+    "pool": {"grid": (1, 2)}, "pool 3-D": {"grid": (1, 2, 2)}, "compress": {"keep": 1, "merge": 1}, "interslice": {},
+}  # fmt: skip
+"""Each projector's arguments beside its dimensions; the rest of the name after a space tells variants apart."""
+GRIDS = ((2, 4), (4, 4), (2, 2, 4), (3, 2, 2))
 
 
 def files(folder: str, attribute: str) -> dict[str, Path]:
@@ -46,41 +79,142 @@ def test_a_part_says_what_it_builds_from(folder, name):
     assert vlm.names(folder)[name] == module.__doc__.splitlines()[0]
 
 
-@pytest.mark.parametrize("name", files("encoders", "build"))
-def test_an_encoder_gives_features_at_any_multiple_of_its_stride(name):
+@pytest.fixture(autouse=True)
+def one_thread():
     torch.set_num_threads(1)
-    encoder = vlm.build_part("encoders", name, TINY.get(name)).eval()
-    spec, stride = encoder.spec, encoder.stride
-    assert all(s % stride == 0 for s in spec.size) and len(spec.mean) == len(spec.std) == spec.channels
-    for size in (spec.size, (spec.size[0] + stride, *(s + 2 * stride for s in spec.size[1:]))):
-        with torch.no_grad():
-            found = encoder(torch.rand(2, spec.channels, *size))
-        assert found.grid == tuple(s // stride for s in size)
-        assert found.tokens.shape == (2, prod(found.grid), encoder.dim) and found.pooled.shape == (2, encoder.dim)
-        assert [m.shape[1] for m in found.levels] == list(encoder.level_dims)
-        assert [tuple(m.shape[2:]) for m in found.levels] == [tuple(s // k for s in size) for k in encoder.level_strides]
-        assert sorted(encoder.level_strides) == list(encoder.level_strides)
+    torch.manual_seed(0)
+
+
+def encoder(name: str):
+    file, args = ENCODERS.get(name, (name, {}))
+    return vlm.build_part("encoders", file, args)
+
+
+def projector(name: str, dim: int):
+    return vlm.build_part("projectors", name.split()[0], {"dim": dim, "lm_dim": 12, **PROJECTORS.get(name, {})})
+
+
+def project(made, features: Features):
+    return made(features, torch.rand(len(features.tokens), 12)) if made.guided else made(features)
+
+
+def strides(stride, rank: int) -> tuple[int, ...]:
+    return (stride,) * rank if isinstance(stride, int) else stride
+
+
+ALL_ENCODERS = [*ENCODERS, *(files("encoders", "build").keys() - {file for file, _ in ENCODERS.values()} - {"text"})]
+ALL_PROJECTORS = [*PROJECTORS, *(files("projectors", "build").keys() - {name.split()[0] for name in PROJECTORS})]
 
 
 @torch.no_grad()
-def test_the_tokens_of_an_image_are_in_reading_order():
-    """The last axis runs fastest: a mark in the lower left corner moves the tokens there most."""
-    encoder = vlm.build_part("encoders", "image", {**TINY["image"], "size": (96, 128)}).eval()
-    blank = torch.zeros(1, 1, 96, 128)
+@pytest.mark.parametrize("name", ALL_ENCODERS)
+def test_an_encoder_gives_features_at_any_multiple_of_its_stride(name):
+    made = encoder(name).eval()
+    spec, stride = made.spec, strides(made.stride, len(made.spec.size))
+    assert len(spec.mean) == len(spec.std) == spec.channels and (not spec.windows or len(spec.windows) == spec.channels)
+    for size in (spec.size, (spec.size[0] + stride[0], *(s + 2 * k for s, k in zip(spec.size[1:], stride[1:])))):
+        found = made(torch.rand(2, spec.channels, *size))
+        assert found.grid == made.grid(size) == tuple(s // k for s, k in zip(size, stride))
+        assert found.tokens.shape == (2, prod(found.grid), made.dim) and found.pooled.shape == (2, made.dim)
+        assert [m.shape[1] for m in found.levels] == list(made.level_dims)
+        levels = [strides(k, len(size)) for k in made.level_strides]
+        assert [tuple(m.shape[2:]) for m in found.levels] == [tuple(s // k for s, k in zip(size, level)) for level in levels]
+        assert sorted(levels) == levels
+    with pytest.raises(ModelError, match="stride") as refused:
+        made(torch.rand(1, spec.channels, *(s + 1 for s in spec.size)))
+    assert refused.value.code == "BAD_ARGUMENT"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALL_ENCODERS)
+def test_the_tokens_of_an_image_are_in_reading_order(name):
+    """The last axis runs fastest: a mark in a corner (last slice, lower left) moves the token there most."""
+    made = encoder(name).eval()
+    stride = strides(made.stride, len(made.spec.size))
+    size = (*(max(2 * k, 16) for k in stride[:-1]), max(3 * stride[-1], 20)) if name not in ("tiles", "slices") else made.spec.size
+    blank = torch.zeros(1, made.spec.channels, *size)
     marked = blank.clone()
-    marked[..., -20:, :20] = 1
-    change = (encoder(marked).tokens - encoder(blank).tokens).abs().sum(-1)[0].reshape(3, 4)
-    assert divmod(int(change.argmax()), 4) == (2, 0)
+    marked[(..., *(slice(-k, None) for k in stride[:-1]), slice(0, stride[-1]))] = torch.randn(stride)
+    grid = made.grid(size)
+    change = (made(marked).tokens - made(blank).tokens).abs().sum(-1)[0].reshape(grid)
+    assert change.argmax() == torch.arange(prod(grid)).reshape(grid)[(*(-1 for _ in grid[:-1]), 0)]
 
 
-@pytest.mark.parametrize("name", files("projectors", "build"))
-def test_a_projector_keeps_its_count(name):
-    from medvlm.encoders.base import Features
+@pytest.mark.parametrize("name", ALL_ENCODERS)
+def test_every_encoder_learns_through_every_projector_that_fits(name):
+    """Every parameter that says it is trained gets a gradient from the language model's tokens alone."""
+    made = encoder(name).train()
+    found = made(torch.rand(2, made.spec.channels, *made.spec.size))
+    fitting = 0
+    for kind in ALL_PROJECTORS:
+        through = projector(kind, made.dim)
+        try:
+            count = through.count(found.grid)
+        except ModelError as refused:
+            assert refused.code == "BAD_RECIPE" and str(tuple(found.grid)) in str(refused)
+            continue
+        fitting += 1
+        out = project(through, found)
+        assert out.shape == (2, count, 12)
+        for p in (*made.parameters(), *through.parameters()):
+            p.grad = None
+        out.square().sum().backward(retain_graph=True)
+        silent = [n for part in (made, through) for n, p in part.named_parameters() if p.requires_grad and p.grad is None]
+        assert silent == [], (kind, silent)
+    assert fitting >= 4
 
-    projector = vlm.build_part("projectors", name, {"dim": 8, "lm_dim": 12})
-    for grid in ((2, 3), (4, 4)):
-        out = projector(Features(torch.rand(2, prod(grid), 8), grid, torch.rand(2, 8)))
-        assert out.shape == (2, projector.count(grid), 12)
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALL_ENCODERS)
+def test_an_encoder_sees_the_same_after_its_weights_are_read_back(name):
+    made = encoder(name).eval()
+    torch.manual_seed(1)
+    again = encoder(name).eval()
+    x = torch.rand(1, made.spec.channels, *made.spec.size)
+    assert not torch.equal(again(x).tokens, made(x).tokens)
+    again.load_state_dict({k: v.clone() for k, v in made.state_dict().items()})
+    for a, b in zip(made(x), again(x)):
+        assert all(torch.equal(p, q) for p, q in zip(a, b)) if isinstance(a, tuple) and a and isinstance(a[0], torch.Tensor) else a == b if isinstance(a, tuple) else torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_a_saved_model_of_every_encoder_sees_the_same(tmp_path):
+    """from_pretrained builds on the meta device, which wipes buffers that are computed and not saved."""
+    names = {name.replace(" ", "_"): name for name in ALL_ENCODERS}
+    parts = {"encoders": {}, "projectors": {}}
+    for key, name in names.items():
+        file, args = ENCODERS.get(name, (name, {}))
+        parts["encoders"][key] = {"file": file, "args": args}
+        parts["projectors"][key] = {"file": "linear", "args": {"dim": encoder(name).dim, "lm_dim": 12}}
+    made = vlm.MedVLM(vlm.MedVLMConfig(parts=parts)).eval()
+    made.save_pretrained(tmp_path)
+    again = vlm.MedVLM.from_pretrained(tmp_path).eval()
+    for key in names:
+        spec = made.encoders[key].spec
+        assert again.encoders[key].spec == spec
+        x = torch.rand(1, spec.channels, *spec.size)
+        seen, reseen = (m.projectors[key](m.encode({key: x})[key]) for m in (made, again))
+        assert torch.equal(seen, reseen), (key, (seen - reseen).abs().max())
+
+
+@pytest.mark.parametrize("name", ALL_PROJECTORS)
+def test_a_projector_keeps_its_count_and_refuses_what_does_not_fit(name):
+    made, taken = projector(name, 8), 0
+    for grid in GRIDS:
+        features = Features(torch.rand(2, prod(grid), 8), grid, torch.rand(2, 8))
+        try:
+            count = made.count(grid)
+        except ModelError as refused:
+            assert refused.code == "BAD_RECIPE" and str(grid) in str(refused)
+            with pytest.raises(ModelError, match=re.escape(str(grid))):
+                project(made, features)
+            continue
+        taken += 1
+        assert project(made, features).shape == (2, count, 12)
+        with pytest.raises(ModelError, match="16 numbers .* takes 8") as refused:
+            project(made, features._replace(tokens=torch.rand(2, prod(grid), 16)))
+        assert refused.value.code == "BAD_RECIPE"
+    assert taken
 
 
 @pytest.mark.parametrize("name", files("recipes", "RECIPE"))
@@ -101,27 +235,31 @@ def test_a_recipe_is_complete_and_its_config_is_plain_json(name):
             assert vlm.find(folder, part["file"])
 
 
-def test_a_new_file_is_a_new_part(tmp_path):
-    """Dropped into the folder, an encoder is listed, found, built and refused like any other; no table is edited."""
-    shutil.copytree(HOUSE, tmp_path / "medvlm", ignore=shutil.ignore_patterns("__pycache__", "models", "demo"))
-    (tmp_path / "medvlm" / "encoders" / "mirror.py").write_text('''"""A mirror, for a test."""
-from ..preprocess import InputSpec
-from .base import Encoder
-
-class Mirror(Encoder):
-    spec, dim, stride = InputSpec((8, 8)), 1, 8
-
-def build(side: int = 8):
-    return Mirror()
-''')
-    (tmp_path / "medvlm" / "encoders" / "notes.py").write_text('"""No part: it builds nothing."""\n')
-    code = (
-        "from medvlm import vlm, cli\nassert cli.main(['list', 'encoders']) == 0\n"
-        "print(type(vlm.build_part('encoders', 'mirror', {'side': 3})).__name__)\n"
-        "try: vlm.build_part('encoders', 'notes')\nexcept Exception as e: print(e.code)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+def run_guide(guide: str, folder: str, file: str, home: Path) -> str:
+    """The file of a guide, dropped into a copy of the package, used by the guide's own example: what that prints."""
+    part, use = re.findall(r"```python\n(.*?)```", (HOUSE.parent / "docs" / guide).read_text(), re.DOTALL)
+    shutil.copytree(HOUSE, home / "medvlm", ignore=shutil.ignore_patterns("__pycache__", "models", "demo"))
+    shutil.copytree(HOUSE.parent / "tests", home / "tests", ignore=shutil.ignore_patterns("__pycache__", "test_*"))
+    (home / "medvlm" / folder / f"{file}.py").write_text(part)
+    (home / "medvlm" / folder / "notes.py").write_text('"""No part: it builds nothing."""\n')
+    code = f"from medvlm import cli, vlm\nassert cli.main(['list', {folder!r}]) == 0\n{use}\ntry: vlm.build_part({folder!r}, 'notes')\nexcept Exception as e: print(e.code)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=home)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert any(line.split() == ["mirror", "A", "mirror,", "for", "a", "test."] for line in lines) and "notes" not in lines[0]
-    assert lines[-2:] == ["Mirror", "NO_SUCH_PART"]
+    listed = [line.split(None, 1) for line in done.stdout.splitlines()]
+    assert [file, part.splitlines()[0].strip('"')] in listed and "notes" not in [line[0] for line in listed if line]
+    assert done.stdout.splitlines()[-1] == "NO_SUCH_PART"
+    return done.stdout
+
+
+@pytest.mark.parametrize(("guide", "folder", "file"), [("add-an-encoder.md", "encoders", "mirror"), ("add-a-projector.md", "projectors", "corners")])
+def test_a_new_file_is_a_new_part(guide, folder, file, tmp_path):
+    """Dropped into the folder, the guide's part is listed, built and trained within a MedVLM; no table is edited."""
+    told = run_guide(guide, folder, file, tmp_path)
+    before, after = (float(x) for x in re.search(r"loss (\S+) -> (\S+)", told).groups())
+    assert after < before
+
+
+def test_lists_become_tuples_and_wrong_arguments_are_named():
+    with pytest.raises(ModelError, match="side") as refused:
+        vlm.build_part("projectors", "mlp", {"dim": 8, "lm_dim": 12, "side": [1, 2]})
+    assert refused.value.code == "BAD_RECIPE"
