@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import ModelError
-from .sample import IMAGE_MARK, SEG, Sample, Turn
+from .sample import IMAGE_MARK, MARKED, SEG, Sample, Turn
 
 IMAGE, END, PAD = "<|image|>", "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -27,7 +27,6 @@ TEMPLATE = (
     "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 """Contents are text, or transformers' lists of {"type": "image"} and {"type": "text", "text"}."""
-_MARK = re.compile(re.escape(IMAGE_MARK).replace(r"\{\}", r"(.+?)"))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048):
@@ -147,7 +146,7 @@ def encode(tokenizer, sample: Sample, counts: Mapping[str, int], answer: bool = 
         turns.pop()
     if not turns or turns[0].role == "assistant":
         turns.insert(0, Turn("user", ""))
-    marked = {name for t in turns for name in _MARK.findall(t.text)}
+    marked = {name for t in turns for name in MARKED.findall(t.text)}
     if unknown := marked - counts.keys():
         raise ModelError(f"the text of sample {sample.id} names images {sorted(unknown)}; it has {sorted(counts)}", "PLACEHOLDERS")
     first = next(i for i, t in enumerate(turns) if t.role != "system")
@@ -217,8 +216,8 @@ def collate(tokenizer, rows: Sequence[Encoded], places: Sequence[Mapping[str, Se
 
 
 def _content(turn: Turn, expand) -> str:
-    keep = re.compile(f"({_MARK.pattern.replace('(', '(?:')}{'|' + re.escape(SEG) if turn.role == 'assistant' else ''})")
-    return "".join(_MARK.sub(expand, part) if keep.fullmatch(part) else plain(part) for part in keep.split(turn.text))
+    keep = re.compile(f"({MARKED.pattern.replace('(', '(?:')}{'|' + re.escape(SEG) if turn.role == 'assistant' else ''})")
+    return "".join(MARKED.sub(expand, part) if keep.fullmatch(part) else plain(part) for part in keep.split(turn.text))
 
 
 def _tokens(tokenizer, messages: list[dict], prompt: bool) -> list[int]:

@@ -221,7 +221,7 @@ def _support(record: dict[str, Any], sentence: dict[str, Any]) -> str:
         places = [r["label"] for r in finding["regions"]]
         own = finding["label"] in places
         parts += [chance(finding["probability"]), "outlined" if own else f"looked for in {' and '.join(places)}" if places else "no outline to look in"]
-    return "; ".join(parts)
+    return "; ".join(parts) or "in the model's own words"
 
 
 def spoken(record: dict[str, Any]) -> str:

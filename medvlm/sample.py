@@ -6,6 +6,7 @@ Points and boxes are index order ((d,) h, w); boxes are half-open [lower, upper)
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ SEG = "<|seg|>"
 """In an answer: a mask is meant here."""
 IMAGE_MARK = "<|image:{}|>"
 """Where an image stands in the text of a turn; an image without a mark stands before the first turn."""
+MARKED = re.compile(re.escape(IMAGE_MARK).replace(r"\{\}", "(.+?)"))
+"""Finds those marks; its group is the image's id."""
 
 
 @dataclass(frozen=True)

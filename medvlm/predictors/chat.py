@@ -16,7 +16,7 @@ from PIL import Image as Picture
 from ..errors import MedVLMError, ModelError
 from ..imaging.scan import Image, Volume
 from ..imaging.window import display, show
-from ..sample import IMAGE_MARK, Answer, Prediction, Report, Sample, Sentence, Turn
+from ..sample import MARKED, Answer, Prediction, Report, Sample, Sentence, Turn
 from .base import Model, check_question, pick
 
 SLICES = 16
@@ -31,7 +31,6 @@ YES_NO = ("yes", "no")
 REPORT = 'Write the report of this examination in two sections: "FINDINGS:" and "IMPRESSION:". Write plain sentences.'
 PRESENT = "Does this examination show {}? Answer yes or no."
 
-_MARK = re.compile(re.escape(IMAGE_MARK).replace(r"\{\}", "(.+?)"))
 _HEADING = re.compile(r"^[\W_]*(findings|impression|conclusion)[\s*_]*(?::[*_]*|$)", re.I | re.M)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"(])")
 _BULLET = re.compile(r"^(?:[-*•]+|\d+[.)])\s+")
@@ -117,7 +116,7 @@ class Chat(Model):
         turns = [t for k, t in enumerate(sample.turns) if t.role != "assistant" or k < len(sample.turns) - 1]
         if not any(t.role == "user" for t in turns):
             return request([*turns, Turn("user", REPORT)], sample.images, most=REPORT_TOKENS)
-        question = check_question(_MARK.sub(" ", sample.question))
+        question = check_question(MARKED.sub(" ", sample.question))
         return request(turns, sample.images, sample.choices or choices_of(question))
 
     def _reply(self, requests: Sequence[Request]) -> list[Answer]:
@@ -134,7 +133,7 @@ def request(turns: Sequence[Turn], images: Mapping[str, Image | Volume], choices
     Raises:
         ModelError: PLACEHOLDERS when a mark names no image; TOO_MANY_IMAGES beyond ``PICTURE_LIMIT``.
     """
-    marked = {name for t in turns for name in _MARK.findall(t.text)}
+    marked = {name for t in turns for name in MARKED.findall(t.text)}
     if unknown := marked - images.keys():
         raise ModelError(f"the text names images {sorted(unknown)}; there are {sorted(images)}", "PLACEHOLDERS")
     messages: list[tuple[str, tuple[str | Image | Volume, ...]]] = []
@@ -143,7 +142,7 @@ def request(turns: Sequence[Turn], images: Mapping[str, Image | Volume], choices
         parts: list[str | Image | Volume] = []
         if turn.role != "system":
             parts, waiting = waiting, []
-        for k, piece in enumerate(_MARK.split(turn.text)):  # text, name, text, name, ..., text
+        for k, piece in enumerate(MARKED.split(turn.text)):  # text, name, text, name, ..., text
             if k % 2 or piece:
                 parts.append(images[piece] if k % 2 else piece)
         messages.append((turn.role, tuple(parts)))
@@ -196,7 +195,7 @@ def _images(study, image: str | None) -> dict[str, Image | Volume]:
 
 
 def _plain(question: str) -> str:
-    return check_question(_MARK.sub(" ", str(question)))  # a question places no image; a sample's turns do
+    return check_question(MARKED.sub(" ", str(question)))  # a question places no image; a sample's turns do
 
 
 def _planes(image: Image | Volume) -> int:
