@@ -84,11 +84,13 @@ def arguments(lm) -> dict:
 
 @dataclass
 class Encoded:
-    """One conversation as tokens. images: ids in reading order, one a placeholder run."""
+    """One conversation as tokens. images: ids in reading order, one a placeholder run. on: id of the image that each
+    <|seg|> is drawn on; the first one beyond its end."""
 
     ids: list[int]
     labels: list[int]
     images: list[str]
+    on: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -179,7 +181,7 @@ def encode(tokenizer, sample: Sample, counts: Mapping[str, int], answer: bool = 
         ids = opened
     if len(ids) > limit:
         raise ModelError(f"the conversation takes {len(ids)} tokens; this model reads {limit}", "QUESTION_TOO_LONG")
-    return Encoded(ids, labels, images)
+    return Encoded(ids, labels, images, [area.image for area in (*sample.masks, *sample.regions)])
 
 
 def collate(tokenizer, rows: Sequence[Encoded], places: Sequence[Mapping[str, Sequence[tuple[str, int]]]], images: dict[str, Tensor],
@@ -200,6 +202,7 @@ def collate(tokenizer, rows: Sequence[Encoded], places: Sequence[Mapping[str, Se
         labels.append(pad(row.labels, -100))
         attention.append(pad([1] * len(row.ids), 0))
         order += [at for name in row.images for at in place[name]]
+        on = iter(row.on)
         for column, token in enumerate(ids[-1]):
             if token == seg_id:
                 seg.append((i, column))
@@ -208,7 +211,7 @@ def collate(tokenizer, rows: Sequence[Encoded], places: Sequence[Mapping[str, Se
                 words.append([asked <= at < column and t not in special for at, t in enumerate(ids[-1])])
                 if not row.images:
                     raise ModelError("an answer asks for a mask but the conversation has no image", "PLACEHOLDERS")
-                seg_image.append(place[row.images[0]][0])
+                seg_image.append(place[next(on, row.images[0])][0])
     return Batch(
         torch.tensor(ids), torch.tensor(attention), torch.tensor(labels), images, order,
         torch.tensor(seg, dtype=torch.long).reshape(-1, 2), torch.tensor(words, dtype=torch.bool).reshape(-1, width), seg_image,

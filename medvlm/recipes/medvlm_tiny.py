@@ -163,9 +163,9 @@ RECIPE = Recipe(
     samples=samples,
     tokenizer=tokenizer,
     stages=(
-        Stage("see", "lm+mask+classify", EVERYTHING, PICTURES, lr=8e-4, steps=700, batch=16, turns=3,
+        Stage("see", "lm+mask+classify", EVERYTHING, PICTURES, lr=8e-4, steps=600, batch=16, turns=3,
               kinds={"segment": 4.0, "asked": 1.0, "finding": 1.0, "describe": 0.3, "modality": 0.5, "view": 0.5}, augment=1.0, warmup=60),
-        Stage("speak", "lm+mask+classify", EVERYTHING, {**PICTURES, "report_iu": 6.0}, lr=5e-4, steps=300, batch=16, turns=4,
+        Stage("speak", "lm+mask+classify", EVERYTHING, {**PICTURES, "report_iu": 6.0}, lr=5e-4, steps=250, batch=16, turns=4,
               kinds={"segment": 5.0, "asked": 2.0, "finding": 1.5, "describe": 1.0, "modality": 0.5, "view": 0.5, "text": 1.0},
               augment=0.7, warmup=30),
     ),

@@ -14,6 +14,9 @@ from ..heads.mask import Prompts
 from ..language import Batch
 from ..vlm import MedVLM, Output
 
+CLICKED = 8
+"""Masks of a batch that are drawn again from a point or a box."""
+
 
 def lm(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     """Cross-entropy on the answers' tokens only, averaged over them."""
@@ -47,6 +50,7 @@ def mask(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     if head.dense is not None and named.any():
         losses["dense"] = mask_loss(head.maps(embedding)[index[named], label[named]], None, target[named], weak[named])
     clicked = (shown & ~weak).nonzero()[:, 0]
+    clicked = clicked[torch.randperm(len(clicked))[:CLICKED].to(clicked.device)]
     if len(clicked):
         boxes, points = box_prompts(target[clicked]), point_prompts(target[clicked])
         ones = torch.ones(len(clicked), 1, dtype=torch.long, device=index.device)

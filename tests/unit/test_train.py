@@ -19,9 +19,11 @@ from medvlm.datasets import instruct, manifest
 from medvlm.encoders.base import Features
 from medvlm.errors import MedVLMError
 from medvlm.heads.classify import ClassifyHead
-from medvlm.language import Batch
+from medvlm.language import SEG, Batch
 from medvlm.predictors import load as load_model
+from medvlm.preprocess import to_tensor
 from medvlm.recipes.base import Recipe, Stage, load, override
+from medvlm.sample import Mask, Sample, Turn
 from medvlm.train import checkpoint, objectives
 from medvlm.train.data import draw, prepare
 from medvlm.train.loop import schedule, train
@@ -203,6 +205,27 @@ def test_cases_hold_each_picture_once_with_what_is_known_of_it(root):
     assert order == ["right lung", "left lung", "consolidation"] and sick.present == [True] * 3 and healthy.present[-1] is False
     columns = sick.masks[0].float().sum(0)
     assert columns[:32].sum() > 10 * columns[32:].sum()  # the patient's right lung lies on the left of the picture
+
+
+def test_a_case_of_several_images_draws_each_mask_on_its_own():
+    """A prior and the present film in one conversation: both are seen, and the mask moves with the film it lies on."""
+    tokenizer = tiny.tokenizer()
+    model = tiny.model(tokenizer)
+    old, new = tiny.picture("old"), tiny.picture("new", seed=4)
+    outline = np.zeros(new.shape[1:], bool)
+    outline[:, :30] = True
+    asked = (Turn("user", "Segment the right lung."), Turn("assistant", SEG))
+    sample = Sample("s", images={"old": old, "new": new}, turns=asked, masks=(Mask("new", "right lung", outline),), meta={"row": "s", "kind": "segment"})
+    (case,) = prepare(model, tokenizer, [sample])
+    batch = draw([case], tokenizer, np.random.default_rng(0), 2, {}, 0)
+    assert batch.order == [("picture", 0), ("picture", 1)] and batch.seg_image == [("picture", 1)] and len(batch.images["picture"]) == 2
+    for picture, key in zip(batch.images["picture"], (old, new)):
+        torch.testing.assert_close(picture, to_tensor(key, model.encoders["picture"].spec)[0], rtol=0, atol=1 / 255)
+    assert batch.targets["mask"].shape == (1, 64, 64) and batch.targets["mask"][0, 30, 5] == 1 and batch.targets["mask"][0, 30, 60] == 0
+    moved = draw([case], tokenizer, np.random.default_rng(3), 2, {}, 1.0)
+    assert not torch.equal(moved.targets["mask"], batch.targets["mask"]) and torch.isnan(moved.targets["labels"][1]).all()
+    losses = {k: v for objective in objectives.find("lm+mask+classify") for k, v in objective(model, moved, model(**moved.inputs())).items()}
+    assert {"lm", "mask", "dense"} <= losses.keys() and all(v.isfinite() for v in losses.values())
 
 
 def test_a_batch_is_its_seed_and_no_flip_moves_left_to_right(root):
