@@ -563,6 +563,7 @@ assert cli.main(["list", "heads"]) == 0
 """
 
 
+@pytest.mark.slow
 def test_the_head_of_the_guide_is_one_file(tmp_path):
     """docs/add-a-head.md: its file dropped into the folder is listed, trained, saved and loaded; no other is edited."""
     shutil.copytree(HOUSE, tmp_path / "medvlm", ignore=shutil.ignore_patterns("__pycache__", "models", "demo"))
