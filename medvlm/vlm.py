@@ -197,11 +197,11 @@ class MedVLM(PreTrainedModel, GenerationMixin):
         return rows
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, pixel_values: Mapping[str, Tensor] | None = None,
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, pixel_values: Mapping[str, Tensor] | None = None,
         image_order: Sequence[tuple[str, int]] | None = None, labels: Tensor | None = None,
         features: Mapping[str, Features] | None = None, logits_to_keep: Tensor | None = None, return_dict: bool = True,
     ) -> Output:  # fmt: skip
-        """Logits and hidden states, and the loss where labels are given.
+        """Logits and hidden states, and the loss where labels are given; features alone of a model without a language model.
 
         Args:
             input_ids, attention_mask, labels: (B, T); -100 in labels where nothing is learnt.
@@ -213,6 +213,8 @@ class MedVLM(PreTrainedModel, GenerationMixin):
         if not return_dict:
             raise ModelError("MedVLM answers with named outputs only", "BAD_ARGUMENT", "leave return_dict=True")
         features = self.encode(pixel_values or {}) if features is None else features
+        if self.lm is None:
+            return Output(features=dict(features))
         out = self.lm(
             inputs_embeds=self._embeds(input_ids, attention_mask, features, image_order, labels), attention_mask=attention_mask,
             output_hidden_states=True, logits_to_keep=0 if logits_to_keep is None else logits_to_keep,

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,20 @@ def check_question(question: str) -> str:
     if len(question) > QUESTION_LIMIT:
         raise ModelError(f"the question has {len(question)} characters; at most {QUESTION_LIMIT} are read", "QUESTION_TOO_LONG")
     return question
+
+
+def words_of(given) -> str | None:
+    """The text to embed when a str was given; None for a study, an image or a ``pathlib.Path``.
+
+    Raises:
+        ModelError: BAD_ARGUMENT for an empty text and for a str that names a file.
+    """
+    if not isinstance(given, str):
+        return None
+    if not given.strip() or isfile(given):
+        what = "names a file" if given.strip() else "is empty"
+        raise ModelError(f"the text to embed {what}", "BAD_ARGUMENT", "give words, or medvlm.read(FILE) to embed an image")
+    return given
 
 
 def clicks(points, image: Image | Volume) -> np.ndarray:

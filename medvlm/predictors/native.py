@@ -15,7 +15,7 @@ from ..datasets.instruct import MODALITY_WORDS, side_of, word
 from ..encoders.base import Features
 from ..errors import ModelError
 from ..imaging.scan import Image, Study, Volume
-from ..language import END, IMAGE, ROLES, SEG, Batch, Encoded, collate, encode
+from ..language import END, IMAGE, ROLES, SEG, Batch, Encoded, collate, encode, plain
 from ..preprocess import to_tensor
 from ..sample import (
     Answer,
@@ -31,7 +31,7 @@ from ..sample import (
     box_of,
 )
 from ..vlm import MedVLM
-from .base import Model, check_question, clicks, corners, digest, pick, place, pretrained
+from .base import Model, check_question, clicks, corners, digest, pick, place, pretrained, words_of
 from .prefix import Tree
 
 PRESENT = 0.5
@@ -77,9 +77,7 @@ def load(folder: Path, device: str | None = None) -> NativeModel:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers has kinds of its own, and a file can be anything
         raise ModelError(f"the tokenizer cannot be read: {(str(error).splitlines() or [''])[0][:200]}", "BAD_CHECKPOINT") from error
-    if model.lm is None:
-        raise ModelError("the model has no language model", "BAD_CHECKPOINT")
-    if len(tokenizer) != model.lm.config.vocab_size:
+    if model.lm is not None and len(tokenizer) != model.lm.config.vocab_size:
         raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the language model {model.lm.config.vocab_size}", "BAD_CHECKPOINT")
     return NativeModel(place(model, device), tokenizer, digest(folder / "model.safetensors"))
 
@@ -93,7 +91,7 @@ class NativeModel(Model):
         self.name, self.version = about.get("name", "medvlm"), about.get("version", "0")
         self.reads = tuple(about.get("reads", ()))
         self.targets, self.findings = tuple(about.get("targets", ())), tuple(about.get("findings", ()))
-        self._limit = vlm.lm.config.max_position_embeddings - 64  # the rest is for the answer
+        self._limit = 0 if vlm.lm is None else vlm.lm.config.max_position_embeddings - 64  # the rest is for the answer
         self._seen: dict[int, tuple] = {}
         self._trunk: tuple | None = None
 
@@ -148,6 +146,8 @@ class NativeModel(Model):
     @torch.no_grad()
     def _answers(self, images: Mapping[str, Image | Volume], asked: Sequence[Sequence[Turn]], choices: Sequence[Sequence[str] | None]):
         """(text, probability, {choice: probability} | None) of each conversation; closed ones are scored, not written."""
+        if self.vlm.lm is None:
+            raise ModelError(f"{self.name} cannot ask: it has no language model", "UNSUPPORTED_VERB")
         closed = [(i, c) for i, kinds in enumerate(choices) for c in kinds or ()]
         scores = iter(self._likelihood(images, [(*asked[i], Turn("assistant", c)) for i, c in closed]).tolist() if closed else ())
         free = [i for i, kinds in enumerate(choices) if not kinds]
@@ -195,6 +195,22 @@ class NativeModel(Model):
             there = ", ".join(n for n in chances if ":" not in n)
             raise ModelError(f"{self.name} has not learned {unknown[0][:60]!r}; it knows: {there}", "UNKNOWN_TARGET")
         return {label: chances[name] for label, name in wanted.items()}
+
+    @torch.no_grad()
+    def embed(self, study_or_text, image=None) -> np.ndarray:
+        """As :meth:`Model.embed`, by the model's contrastive head; UNSUPPORTED_VERB where it has none."""
+        first = next(iter(self.vlm.encoders))
+        if self.vlm.head("contrast", first) is None:
+            raise ModelError(f"{self.name} cannot embed: it has no contrastive head", "UNSUPPORTED_VERB")
+        if (text := words_of(study_or_text)) is not None:
+            ids = torch.tensor([self.tokenizer(plain(text), add_special_tokens=False)["input_ids"]], device=self.vlm.device)
+            return self.vlm.head("contrast", first).text(self.vlm.encoders["text"](ids))[0].float().cpu().numpy()
+        picture = self._readable(study_or_text, image)
+        name, features, *_ = self._look(picture)
+        head = self.vlm.head("contrast", name)
+        if head is None:
+            raise ModelError(f"{self.name} embeds what its encoder {first!r} sees, not {picture.modality} images", "OUT_OF_SCOPE")
+        return head.image(features[name])[0].float().cpu().numpy()
 
     def scope(self, image: Image | Volume) -> str | None:
         try:
@@ -282,7 +298,7 @@ class NativeModel(Model):
         return picture
 
     def _may_read(self, pictures: Sequence[Image | Volume]) -> None:
-        if len(pictures) > self._limit:  # each takes a token at least
+        if self.vlm.lm is not None and len(pictures) > self._limit:  # each takes a token at least
             raise ModelError(f"{len(pictures)} images at once; this model reads {self._limit} tokens, and an image takes several", "QUESTION_TOO_LONG")
         for picture in pictures:
             if reason := self.scope(picture):
@@ -417,6 +433,8 @@ class NativeModel(Model):
     @torch.no_grad()
     def _outline(self, picture: Image, targets: Sequence[str]) -> list[Segmentation]:
         """Each target from its own [SEG] state; an empty mask where it is more likely absent."""
+        if self.vlm.lm is None:
+            raise ModelError(f"{self.name} outlines no named target: it has no language model", "UNSUPPORTED_VERB", "give points or boxes")
         name, _, embedding, frame = self._look(picture)
         batch, features = self._batch({picture.id: picture}, [(*_turns(f"Segment the {t}."), Turn("assistant", SEG)) for t in targets])
         out = self.vlm(**batch.inputs(), features=features)

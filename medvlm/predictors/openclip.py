@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..errors import ModelError
 from ..imaging import window
 from ..imaging.scan import Image, Study, Volume
 from ..sample import Prediction, Sample
-from .base import Model, digest, pick, place
+from .base import Model, digest, pick, place, words_of
 
 TEMPLATES = {"pathology": ("a histopathology slide showing {}", "histopathology image of {}")}
 """{modality: prompts of a class}, averaged. Source: LAION-AI/CLIP_benchmark, templates of PatchCamelyon."""
@@ -103,12 +102,9 @@ class OpenClipModel(Model):
         Raises:
             ModelError: BAD_ARGUMENT for an empty text and for a str that names a file; QUESTION_TOO_LONG; OUT_OF_SCOPE.
         """
-        if not isinstance(study_or_text, str):
+        if (text := words_of(study_or_text)) is None:
             return self._look(self._picture(study_or_text, image))[0].cpu().numpy()
-        if not study_or_text.strip() or isfile(study_or_text):
-            what = "names a file" if study_or_text.strip() else "is empty"
-            raise ModelError(f"the text to embed {what}", "BAD_ARGUMENT", "give words, or medvlm.read(FILE) to embed an image")
-        return self.clip.encode_text(self._tokens([study_or_text]), normalize=True)[0].float().cpu().numpy()
+        return self.clip.encode_text(self._tokens([text]), normalize=True)[0].float().cpu().numpy()
 
     def _answer(self, sample: Sample) -> Prediction:
         """The choice of highest probability; of a sample with labels, the chance of each by itself."""

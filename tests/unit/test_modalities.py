@@ -9,7 +9,7 @@ import torch
 from medvlm.errors import MedVLMError
 from medvlm.imaging.scan import Image, Volume
 from medvlm.predictors import load
-from medvlm.preprocess import Frame
+from medvlm.preprocess import Frame, to_tensor
 from medvlm.sample import Sample, Turn
 from medvlm.vlm import MedVLM
 
@@ -84,7 +84,7 @@ def test_a_scan_gives_the_tokens_of_both_its_encoders(reader):
 def test_two_modalities_in_one_turn_are_what_hand_made_embeddings_give(reader):
     """The reference: embeddings laid one after the other by hand, without placeholders."""
     from medvlm.encoders.base import Features
-    from medvlm.preprocess import normalise, to_tensor
+    from medvlm.preprocess import normalise
 
     vlm, scan, picture = reader.vlm, ct(), tiny.picture()
     row = reader._encoded({scan.id: scan, picture.id: picture}, (QUESTION, Turn("assistant", "yes")), True)
@@ -158,3 +158,36 @@ def test_pictures_of_any_size(reader, size):
     assert reader.ask(picture, QUESTION.text).text in ("yes", "no")
     if size != (20000, 20000):
         assert reader.segment(picture, points=[(0, 0)]).mask.shape == size
+
+
+def test_a_model_of_two_towers_embeds_and_classifies_nothing_else(tmp_path):
+    """Without a language model: images and texts in one space, equal to the head's own; a question is refused by name."""
+    torch.manual_seed(0)
+    tokenizer = tiny.tokenizer()
+    config = tiny.config(tokenizer)
+    parts = {k: dict(v) for k, v in config.parts.items() if k in ("encoders", "heads")}
+    parts["encoders"]["text"] = {"file": "text", "args": {"model_type": "bert", "vocab_size": len(tokenizer), "hidden_size": 16, "num_hidden_layers": 1,
+                                 "num_attention_heads": 2, "intermediate_size": 32}}  # fmt: skip
+    parts["heads"] = {"contrast": {"file": "contrast", "args": {"dim": 256, "text_dim": 16, "embed_dim": 8}}}
+    model = MedVLM(config.__class__(parts=parts, about=config.about)).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reader, picture = load(tmp_path, "cpu"), tiny.picture()
+    image, text = reader.embed(picture), reader.embed("consolidation on the right")
+    assert image.dtype == text.dtype == np.float32 and image.shape == text.shape == (8,)
+    assert np.linalg.norm(image) == pytest.approx(1, abs=1e-5) and np.linalg.norm(text) == pytest.approx(1, abs=1e-5)
+    with torch.no_grad():
+        tensor = to_tensor(picture, model.encoders["picture"].spec)[0]
+        own = model.heads["contrast"].image(model(pixel_values={"picture": tensor[None]}).features["picture"])[0]
+    assert np.abs(own.numpy() - image).max() < 1e-6
+    for refused in (lambda: reader.ask(picture, "Is it?"), lambda: reader.segment(picture, "left lung"), lambda: load_tiny(tmp_path / "other").embed("words")):
+        with pytest.raises(MedVLMError) as e:
+            refused()
+        assert e.value.code == "UNSUPPORTED_VERB"
+
+
+def load_tiny(folder):
+    tokenizer = tiny.tokenizer()
+    tiny.model(tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load(folder, "cpu")
