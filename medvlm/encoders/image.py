@@ -56,7 +56,8 @@ class TimmEncoder(ImageEncoder):
 
     def read(self, x, grid):
         if self.fixed and tuple(x.shape[2:]) != self.spec.size:
-            raise ModelError(f"this timm model is bound to {self.spec.size} pixels and cannot see {tuple(x.shape[2:])}", "BAD_ARGUMENT", "build it with this size")
+            raise ModelError(f"this timm model is bound to {self.spec.size} pixels and cannot see {tuple(x.shape[2:])}", "BAD_ARGUMENT",
+                             "build it with this size")  # fmt: skip
         levels = self.backbone(x)
         return [m.permute(0, 3, 1, 2).contiguous() for m in levels] if self.channels_last else list(levels), None
 
@@ -107,7 +108,8 @@ class TransformersEncoder(ImageEncoder):
         self.tower, self.feature_layer = tower, feature_layer
         takes = inspect.signature(tower.forward).parameters
         if others := [k for k, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and k != "pixel_values"]:
-            raise ModelError(f"the {tower.config.model_type} tower needs {', '.join(others)} beside the pixels", "BAD_RECIPE", "choose a tower that sees whole pictures")
+            raise ModelError(f"the {tower.config.model_type} tower needs {', '.join(others)} beside the pixels", "BAD_RECIPE",
+                             "choose a tower that sees whole pictures")  # fmt: skip
         self.resizes = "interpolate_pos_encoding" in takes
 
     def read(self, x, grid):
@@ -115,7 +117,8 @@ class TransformersEncoder(ImageEncoder):
         last = out.last_hidden_state if self.feature_layer == -1 else out.hidden_states[self.feature_layer]
         prefix = last.shape[1] - prod(grid) if last.ndim == 3 else -1
         if prefix < 0:
-            raise ModelError(f"the {self.tower.config.model_type} tower gives {tuple(last.shape)} for a grid of {grid}", "BAD_RECIPE", 'pyramids are read through library="timm"')
+            raise ModelError(f"the {self.tower.config.model_type} tower gives {tuple(last.shape)} for a grid of {grid}", "BAD_RECIPE",
+                             'pyramids are read through library="timm"')  # fmt: skip
         states = (*(out.hidden_states[b] for b in self.blocks[:-1]), last)
         return [as_map(s[:, prefix:], grid) for s in states], last[:, 0] if prefix else None
 
@@ -195,7 +198,7 @@ def _timm(model: str | Mapping | None, given: Mapping, feature_layer: int, weigh
         probe = timm.create_model(name, in_chans=channels)
         takes = inspect.signature(type(probe)).parameters
         if wrong := sorted(shape.keys() - takes.keys() | shape.keys() & {"in_chans", "img_size", "num_classes"}):
-            raise ModelError(f"{name} takes no {', '.join(wrong)}", "BAD_RECIPE", f"the arguments of timm's {type(probe).__name__}; size and channels have their own")
+            raise ModelError(f"{name} takes no {', '.join(wrong)}", "BAD_RECIPE", f"see timm's {type(probe).__name__}; size and channels are given beside it")
         probe = timm.create_model(name, in_chans=channels, **shape) if shape else probe
     config = {**probe.pretrained_cfg, **{k: v for k, v in config.items() if v is not None}}
     if weights is not None:
@@ -300,7 +303,8 @@ def _open_clip_folder(weights: str) -> tuple[dict, dict, tuple]:
 
 def _transformers(model: Mapping | None, given: Mapping, feature_layer: int, weights: str | None):
     if isinstance(model, str):
-        raise ModelError(f"a transformers tower is made of its configuration's arguments, not of {model!r:.60}", "BAD_RECIPE", "give a dict with model_type, or the name as weights")
+        raise ModelError(f"a transformers tower is made of its configuration's arguments, not of {model!r:.60}", "BAD_RECIPE",
+                         "give a dict with model_type, or the name as weights")  # fmt: skip
     args = dict(model or {})
     size = given["size"]
     if weights is None and size and size[0] == size[1]:

@@ -54,7 +54,7 @@ def build(
         windows: names or (centre, width) pairs, one a channel of the 2-D encoder ("medgemma" for three).
         unit: "HU" where there are windows and "display" where there are none, unless given.
         spacing: mm along (D, H, W) to resample to; None scales to ``size``.
-        chunk: slices at a time. Measure: it bounds memory, not results.
+        chunk: slices at a time; it bounds memory and leaves the results alone.
         levels: give the 2-D encoder's maps to the mask head too, which takes far more memory than the tokens.
         weights: of the 2-D encoder.
 

@@ -45,8 +45,10 @@ class Projector(nn.Module):
         """
         self.check(features.grid)
         if features.tokens.shape[2] != self.dim:
-            raise ModelError(f"the encoder gives tokens of {features.tokens.shape[2]} numbers but the {type(self).__name__} projector takes {self.dim}", "BAD_RECIPE",
-                             "give the projector the encoder's dim")  # fmt: skip
+            raise ModelError(
+                f"the encoder gives tokens of {features.tokens.shape[2]} numbers but the {type(self).__name__} projector takes {self.dim}",
+                "BAD_RECIPE", "give the projector the encoder's dim",
+            )  # fmt: skip
         return features.tokens
 
 

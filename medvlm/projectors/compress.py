@@ -37,7 +37,8 @@ class Compress(Projector):
     def check(self, grid):
         super().check(grid)
         if self.keep + self.merge > grid[1] * grid[2]:
-            raise ModelError(f"{self.keep} + {self.merge} tokens cannot be kept of the {grid[1] * grid[2]} in a slice of the encoder's grid {tuple(grid)}", "BAD_RECIPE", "keep fewer")
+            raise ModelError(f"{self.keep} + {self.merge} tokens cannot be kept of the {grid[1] * grid[2]} in a slice of the encoder's grid {tuple(grid)}",
+                             "BAD_RECIPE", "keep fewer")  # fmt: skip
 
     def count(self, grid):
         self.check(grid)

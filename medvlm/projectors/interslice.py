@@ -34,7 +34,8 @@ class InterSlice(Projector):
     def check(self, grid):
         super().check(grid)
         if grid[1] % self.pool or grid[2] % self.pool:
-            raise ModelError(f"a pool by {self.pool} does not divide the slices of the encoder's grid {tuple(grid)}", "BAD_RECIPE", "choose another pool or input size")
+            raise ModelError(f"a pool by {self.pool} does not divide the slices of the encoder's grid {tuple(grid)}", "BAD_RECIPE",
+                             "choose another pool or input size")  # fmt: skip
 
     def count(self, grid):
         self.check(grid)

@@ -26,7 +26,8 @@ class Shuffle(Projector):
     def check(self, grid):
         super().check(grid)
         if any(g % f for g, f in zip(grid, self.factor)):
-            raise ModelError(f"a pixel shuffle by {self.factor} does not divide the encoder's grid {tuple(grid)}", "BAD_RECIPE", "choose another factor or input size")
+            raise ModelError(f"a pixel shuffle by {self.factor} does not divide the encoder's grid {tuple(grid)}", "BAD_RECIPE",
+                             "choose another factor or input size")  # fmt: skip
 
     def count(self, grid):
         return super().count(grid) // prod(self.factor)
