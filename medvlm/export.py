@@ -26,7 +26,7 @@ from .encoders.text import TextEncoder
 from .errors import ModelError
 from .heads.mask import Embedding, MaskHead, Prompts
 from .language import IMAGE, ROLES, SEG, encode
-from .predictors.base import pretrained
+from .predictors.base import pretrained, reading
 from .preprocess import InputSpec, normalise
 from .projectors.mlp import MLP
 from .sample import Sample, Turn
@@ -50,7 +50,8 @@ def export(folder: Path, to: str, out: Path, drop_heads: bool = False) -> dict[s
     model = pretrained(MedVLM, folder).eval()
     if to in ("onnx", "torch"):
         return FORMS[to](model, out)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with reading("tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return to_llava(model, tokenizer, out, drop_heads) if to == "llava" else to_open_clip(model, tokenizer, out)
 
 
@@ -127,7 +128,11 @@ def to_llava(model: MedVLM, tokenizer, folder: Path, drop_heads: bool = False) -
     weights |= {f"model.multi_modal_projector.linear_{n}.{k}": v for n, layer in enumerate(layers, start=1) for k, v in layer.state_dict().items()}
     weights |= {k if k.startswith("lm_head") else f"model.language_model.{k.removeprefix('model.')}": v for k, v in model.lm.state_dict().items()}
     computed = {k for k, _ in made.named_buffers()} - made.state_dict().keys()  # MedVLM saves these too
-    made.load_state_dict({k: v for k, v in weights.items() if k not in computed})
+    try:
+        made.load_state_dict({k: v for k, v in weights.items() if k not in computed})
+    except RuntimeError as error:
+        raise ModelError(f"llava cannot express a {model.lm.config.model_type} language model: {str(error).splitlines()[-1].strip()[:200]}", "NOT_EXPORTABLE",
+                         "train with one whose weights are model.* and lm_head, such as llama or qwen2") from error  # fmt: skip
     never = tokenizer.convert_tokens_to_ids([IMAGE, SEG, *ROLES])
     made.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, suppress_tokens=never)
     images = LlavaImageProcessor(
@@ -211,6 +216,8 @@ def to_open_clip(model: MedVLM, tokenizer, folder: Path) -> dict[str, float]:
         (part / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": seen}, indent=1))
         save_file({k: v.contiguous().clone() for k, v in weights.items()}, part / "open_clip_model.safetensors")
         tokenizer.save_pretrained(part)
+        if language.eos_token_id not in (2, *open_clip.get_tokenizer(f"local-dir:{part}")(["chest X-ray"])[0].tolist()):
+            refuse("an open_clip folder", "a tokenizer that does not end texts as the text tower expects", "let the tokenizer's post-processor append the end token")
         made = open_clip.create_model_from_pretrained(f"local-dir:{part}", return_transform=False).eval()
         pixels = normalise(torch.rand(2, 3, *image.spec.size), image.spec)
         ids = torch.randint(3, language.vocab_size - 1, (2, language.max_position_embeddings))

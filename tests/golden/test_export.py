@@ -11,12 +11,13 @@ import pytest
 import tiny
 import torch
 from PIL import Image as Picture
+from tokenizers.processors import TemplateProcessing
 
 from medvlm import cli, export
 from medvlm.errors import MedVLMError
 from medvlm.heads.mask import Prompts
 from medvlm.imaging.scan import Image
-from medvlm.language import IMAGE, SEG, encode
+from medvlm.language import END, IMAGE, SEG, encode
 from medvlm.preprocess import normalise, to_tensor
 from medvlm.sample import Sample, Turn
 from medvlm.vlm import MedVLM, MedVLMConfig
@@ -36,6 +37,14 @@ def one_thread():
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def ending():
+    """A tokenizer that ends each text, as contrastive models need it."""
+    made = tiny.tokenizer()
+    made.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {END}", special_tokens=[(END, made.eos_token_id)])
+    return made
 
 
 def shaken(model):
@@ -149,11 +158,11 @@ def test_what_llava_cannot_express_is_named(tokenizer, tmp_path):
     assert max(export.to_llava(headed, tokenizer, tmp_path / "out", drop_heads=True).values()) < 1e-5
 
 
-def contrastive(kind="clip", act="gelu", quick=False, eos=319, attention_pool=False) -> MedVLM:
+def contrastive(kind="clip", act="gelu", quick=False, eos=1) -> MedVLM:
     torch.manual_seed(0)
     tower = {"embed_dim": 20, "quick_gelu": quick, "vision_cfg": {"image_size": SIZE, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}}
     text = {"model_type": "clip_text_model", "vocab_size": 320, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "max_position_embeddings": 12, "hidden_act": act, "eos_token_id": eos, "bos_token_id": 1, "pad_token_id": 0}  # fmt: skip
+            "max_position_embeddings": 12, "hidden_act": act, "eos_token_id": eos, "bos_token_id": 3, "pad_token_id": 0}  # fmt: skip
     return shaken(MedVLM(MedVLMConfig(parts={
         "encoders": {"picture": {"file": "image", "args": {"library": "open_clip", "model": tower, "size": [SIZE, SIZE]}}, "text": {"file": "text", "args": text}},
         "heads": {"contrast": {"file": "contrast", "args": {"dim": 32, "text_dim": 24, "embed_dim": 20, "kind": kind}}},
@@ -162,11 +171,11 @@ def contrastive(kind="clip", act="gelu", quick=False, eos=319, attention_pool=Fa
 
 @torch.no_grad()
 @pytest.mark.parametrize("given", [{}, {"kind": "siglip"}, {"act": "quick_gelu", "quick": True}, {"eos": 2}])
-def test_an_open_clip_folder_gives_the_same_embeddings(tokenizer, tmp_path, given):
+def test_an_open_clip_folder_gives_the_same_embeddings(ending, tmp_path, given):
     import open_clip
 
     model = contrastive(**given)
-    gaps = export.to_open_clip(model, tokenizer, tmp_path)
+    gaps = export.to_open_clip(model, ending, tmp_path)
     print(f"largest difference of the embeddings with {given}: {gaps}")
     assert max(gaps.values()) < 1e-6
     clip, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path}")
@@ -183,12 +192,16 @@ def test_an_open_clip_folder_gives_the_same_embeddings(tokenizer, tmp_path, give
         assert gap < (1e-6 if size == (SIZE, SIZE) else 5e-3)
 
 
-def test_an_open_clip_export_is_read_by_the_predictor(tokenizer, tmp_path):
+@torch.no_grad()
+def test_an_open_clip_export_is_read_by_the_predictor(ending, tmp_path):
     from medvlm.predictors import load
 
-    export.to_open_clip(contrastive(), tokenizer, tmp_path)
+    pair = contrastive()
+    export.to_open_clip(pair, ending, tmp_path)
     model = load(f"openclip:{tmp_path}", "cpu")
-    assert model.embed(colour()).shape == model.embed("yes").shape == (20,)
+    ids = torch.tensor([ending("left lung")["input_ids"]])
+    expected = pair.heads["contrast"].text(pair.encoders["text"](ids))[0].numpy()
+    assert model.embed(colour()).shape == (20,) and np.abs(model.embed("left lung") - expected).max() < 1e-6  # padding is not read
 
 
 def test_what_an_open_clip_folder_cannot_express_is_named(tokenizer, tmp_path):
@@ -199,6 +212,7 @@ def test_what_an_open_clip_folder_cannot_express_is_named(tokenizer, tmp_path):
 
     assert "TimmEncoder" in said(tiny.model(tokenizer)) and "language model" in said(tiny.model(tokenizer))
     assert "quick_gelu" in said(contrastive(act="quick_gelu"))
+    assert "end texts" in said(contrastive())
 
 
 def outlines(seed=0) -> MedVLM:
@@ -211,6 +225,7 @@ def outlines(seed=0) -> MedVLM:
     }, about={"name": "outlines", "routes": {"*": "picture"}})))  # fmt: skip
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["torch", "onnx"])
 def test_encoders_and_mask_heads_run_without_this_package(tmp_path, form):
