@@ -69,7 +69,7 @@ def main() -> None:
             found.append(theirs.predict(box=box[:, ::-1].ravel(), multimask_output=False)[0][0])
         return found
 
-    gate = all(np.array_equal(a, b) for a, b in zip(ours(), encoding_each())) and np.ptp([m.mean() for m in ours()]) > 0
+    gate = bool(all(np.array_equal(a, b) for a, b in zip(ours(), encoding_each())) and np.ptp([m.mean() for m in ours()]) > 0)
     print("equal masks: " + ("yes" if gate else "NO: THE GATE IS CLOSED"))
     control = pairs(ours, ours, max(args.pairs, 5))
     found = pairs(ours, encoding_each, args.pairs)
