@@ -191,7 +191,7 @@ def _timm(model: str | Mapping | None, given: Mapping, feature_layer: int, weigh
             state, model = timm.models.load_state_dict_from_hf(weights), model or architecture
     shape = {k: v for k, v in model.items() if k != "name"} if isinstance(model, Mapping) else {}
     name = model.get("name") if isinstance(model, Mapping) else model or "regnety_004"
-    if not isinstance(name, str) or name.split(".")[0] not in timm.list_models():
+    if not isinstance(name, str) or not timm.is_model(name.split(".")[0]):
         raise ModelError(f"timm has no model {name!r:.60}", "NO_SUCH_PART", "see timm.list_models()")
     channels = given["channels"] or (1 if weights is None and state is None else 3)
     with torch.device("meta"):

@@ -182,19 +182,15 @@ def test_an_encoder_sees_the_same_after_its_weights_are_read_back(name):
 def test_a_saved_model_of_every_encoder_sees_the_same(tmp_path):
     """from_pretrained builds on the meta device, which wipes buffers that are computed and not saved."""
     names = {name.replace(" ", "_"): name for name in ALL_ENCODERS}
-    parts = {"encoders": {}, "projectors": {}}
-    for key, name in names.items():
-        file, args = ENCODERS.get(name, (name, {}))
-        parts["encoders"][key] = {"file": file, "args": args}
-        parts["projectors"][key] = {"file": "linear", "args": {"dim": encoder(name).dim, "lm_dim": 12}}
-    made = vlm.MedVLM(vlm.MedVLMConfig(parts=parts)).eval()
+    parts = {key: dict(zip(("file", "args"), ENCODERS.get(name, (name, {})))) for key, name in names.items()}
+    made = vlm.MedVLM(vlm.MedVLMConfig(parts={"encoders": parts})).eval()
     made.save_pretrained(tmp_path)
     again = vlm.MedVLM.from_pretrained(tmp_path).eval()
     for key in names:
         spec = made.encoders[key].spec
         assert again.encoders[key].spec == spec
         x = torch.rand(1, spec.channels, *spec.size)
-        seen, reseen = (m.projectors[key](m.encode({key: x})[key]) for m in (made, again))
+        seen, reseen = (m.encode({key: x})[key].tokens for m in (made, again))
         assert torch.equal(seen, reseen), (key, (seen - reseen).abs().max())
 
 

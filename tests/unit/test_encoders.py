@@ -225,7 +225,7 @@ def test_a_file_with_code_in_it_is_refused_and_nothing_runs(tmp_path, saved):
     shutil.copy(tmp_path / "planted.pth", folder / "pytorch_model.bin")
     for build in (
         lambda: image.build("timm", "test_vit3", weights=str(tmp_path / "planted.pth")),
-        lambda: volume.build("resnet", (32, 32, 32), weights=str(tmp_path / "planted.pth")),
+        lambda: volume.build("segresnet", (8, 16, 16), weights=str(tmp_path / "planted.pth")),
         lambda: image.build("transformers", weights=str(folder), **SEEN),
     ):
         with pytest.raises(ModelError) as refused:
@@ -342,7 +342,7 @@ def test_ct_windows_become_channels_by_name():
         ({"net": "swin_unetr", "size": (32, 40, 32)}, "BAD_ARGUMENT"),
         ({"net": "vit", "size": (32, 32, 32), "model": {"hidden_size": 10, "num_heads": 3}}, "BAD_RECIPE"),
         ({"net": "segresnet", "channels": 2}, "BAD_RECIPE"),
-        ({"net": "resnet", "size": (32, 32, 32), "weights": "org/name"}, "BAD_CHECKPOINT"),
+        ({"net": "segresnet", "size": (8, 16, 16), "weights": "org/name"}, "BAD_CHECKPOINT"),
     ],
 )
 def test_a_3d_network_that_cannot_be_is_refused_by_name(args, code):

@@ -47,7 +47,7 @@ def test_presets():
     """Lung -600/1500 spans -1350..150 HU; MedGemma's blue channel spans 0..80 HU."""
     lung = window.apply(np.array([-1350.0, 149.0, -600.5]), *window.PRESETS["lung"])
     assert np.allclose(lung, [0, 1, 0.5], atol=1e-3)
-    assert set(window.PRESETS) == {"soft tissue", "lung", "liver", "bone", "brain"}
+    assert set(window.PRESETS) == {"soft tissue", "lung", "liver", "bone", "brain", "mediastinum"}
     for (centre, width), (low, high) in zip(window.MEDGEMMA, ((-1024, 1024), (-135, 215), (0, 80))):
         assert (centre - width / 2, centre + width / 2) == (low, high)
 
