@@ -88,6 +88,9 @@ class MedVLM(PreTrainedModel, GenerationMixin):
                 setattr(self, folder, nn.ModuleDict({name: build_part(folder, **part) for name, part in parts.items()}))
             lm = config.parts["language"]["lm"]["args"] if "language" in config.parts else None
             self.lm = None if lm is None else language.build(**lm)
+        for name, projector in self.projectors.items():
+            self._fits(name, projector)
+        self.unread = frozenset(n for n, p in self.named_parameters() if not p.requires_grad)  # by a part's own word: never trained
         config.parts = copy.deepcopy(config.parts)
         for name, part in config.parts.get("encoders", {}).items():
             if (part.get("args") or {}).get("weights") and getattr(self.encoders[name], "arguments", None):
@@ -101,6 +104,15 @@ class MedVLM(PreTrainedModel, GenerationMixin):
             # the parts' own initialisation stands; were the parameters marked too, missing weights would not be reported
             module._is_hf_initialized = True
         self.post_init()
+
+    def _fits(self, name: str, projector: nn.Module) -> None:
+        """A wrong pairing is refused when the model is made, both sides named."""
+        if name not in self.encoders:
+            raise ModelError(f"projector {name!r} has no encoder of that name; there are: {', '.join(self.encoders)}", "BAD_RECIPE")
+        takes, gives = getattr(projector, "dim", None), self.encoders[name].dim
+        if takes not in (None, gives):
+            raise ModelError(f"encoder {name!r} gives tokens of {gives} numbers but its projector takes {takes}", "BAD_RECIPE", "give the projector the encoder's dim")
+        self.count(name)
 
     def route(self, modality: str) -> tuple[str, ...]:
         """Names of the encoders that see images of this modality; heads read the first one.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -190,6 +192,9 @@ def pretrained(kind, source: str | Path, **options):
     """
     import torch
 
+    with reading("configuration"):
+        if (config := Path(source) / "config.json").is_file():
+            refuse_foreign_code(json.loads(config.read_text(encoding="utf-8")))
     with reading("model"):
         model, info = kind.from_pretrained(source, output_loading_info=True, use_safetensors=True, trust_remote_code=False,
                                            local_files_only=Path(source).is_dir(), **{"dtype": torch.float32} | options)  # fmt: skip
@@ -197,6 +202,19 @@ def pretrained(kind, source: str | Path, **options):
     if wrong:
         raise ModelError(f"the weights do not fit the configuration: {wrong}", "BAD_CHECKPOINT")
     return model
+
+
+def refuse_foreign_code(config) -> None:
+    """An attention or expert implementation outside transformers ("org/kernel") would be fetched and run.
+
+    Raises:
+        ModelError: BAD_CHECKPOINT, naming the entry of the configuration.
+    """
+    for key, value in config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ():
+        if isinstance(value, dict | list):
+            refuse_foreign_code(value)
+        elif "implementation" in str(key) and re.search(r"[/:@]", str(value)):
+            raise ModelError(f"the model's configuration asks for code from elsewhere ({key})", "BAD_CHECKPOINT", "remove that entry from config.json")
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from ..errors import ModelError
 from ..sample import Answer
-from .base import digest, place, pretrained, reading
+from .base import digest, place, pretrained, reading, refuse_foreign_code
 from .chat import Chat, Request, pictures
 
 SAME = {4: 1e-4, 2: 3e-2}
@@ -57,8 +57,7 @@ def load(source: str, device: str | None = None) -> TransformersModel:
     if (kind := raw.get("model_type")) not in CONFIG_MAPPING:
         what = "asks to run code of its own, which is never done" if "auto_map" in raw else f"has no config.json that transformers knows (type {str(kind)[:40]})"
         raise ModelError(f"the model {what}", "BAD_CHECKPOINT", "use a model whose code is part of transformers")
-    if foreign := _foreign_kernels(raw):
-        raise ModelError(f"the model's configuration asks for code from elsewhere ({foreign})", "BAD_CHECKPOINT", "remove that entry from config.json")
+    refuse_foreign_code(raw)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ModelError("the model's folder has no weights as safetensors; pickles are not read", "BAD_CHECKPOINT",
                          "save it again with save_pretrained, on a machine where you trust the file")  # fmt: skip
@@ -317,14 +316,3 @@ class _Remembering:
 
     def __getattr__(self, name):
         return getattr(self.real, name)
-
-
-def _foreign_kernels(raw) -> str | None:
-    """An entry that names an attention or expert implementation outside transformers ("org/kernel"), which would be fetched and run."""
-    for key, value in raw.items() if isinstance(raw, dict) else enumerate(raw) if isinstance(raw, list) else ():
-        if isinstance(value, dict | list):
-            if found := _foreign_kernels(value):
-                return found
-        if "implementation" in str(key) and re.search(r"[/:@]", str(value)):
-            return str(key)
-    return None

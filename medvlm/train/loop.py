@@ -209,7 +209,7 @@ def _optimizer(model: MedVLM, stage) -> torch.optim.Optimizer:
     """AdamW over the parameters that the stage's patterns name; no weight decay on vectors."""
     groups = {True: [], False: []}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = any(fnmatch(name, pattern) for pattern in stage.train)
+        parameter.requires_grad = name not in model.unread and any(fnmatch(name, pattern) for pattern in stage.train)
         if parameter.requires_grad:
             groups[parameter.ndim > 1].append(parameter)
     if not any(groups.values()):

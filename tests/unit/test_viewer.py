@@ -52,7 +52,7 @@ def test_a_picture_has_letters_only_where_its_place_is_known():
 
 def test_windows():
     scene = viewer.Scene(stored("SPL"))
-    assert scene.presets == ("of the file", "soft tissue", "lung", "liver", "bone", "brain")
+    assert scene.presets == ("of the file", "soft tissue", "lung", "liver", "bone", "brain", "mediastinum")
     shown = scene.grey(0, "soft tissue")
     assert shown[0, 4] == 128 and shown[4, 0] == 255 and shown.dtype == np.uint8  # 40 HU is the centre, 400 above it
     assert (scene.grey(0, "soft tissue", invert=True) == 255 - shown).all()
