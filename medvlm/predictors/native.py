@@ -14,9 +14,10 @@ from ..datasets import sentences
 from ..datasets.instruct import MODALITY_WORDS, side_of, word
 from ..encoders.base import Features
 from ..errors import ModelError
+from ..heads.mask import Masks, Prompts
 from ..imaging.scan import Image, Study, Volume
 from ..language import END, IMAGE, ROLES, SEG, Batch, Encoded, collate, encode, plain
-from ..preprocess import to_tensor
+from ..preprocess import Frame, blend, inputs, tiles, to_tensor
 from ..sample import (
     Answer,
     Finding,
@@ -435,15 +436,30 @@ class NativeModel(Model):
         """Each target from its own [SEG] state; an empty mask where it is more likely absent."""
         if self.vlm.lm is None:
             raise ModelError(f"{self.name} outlines no named target: it has no language model", "UNSUPPORTED_VERB", "give points or boxes")
-        name, _, embedding, frame = self._look(picture)
+        name, *_ = self._look(picture)
         batch, features = self._batch({picture.id: picture}, [(*_turns(f"Segment the {t}."), Turn("assistant", SEG)) for t in targets])
         out = self.vlm(**batch.inputs(), features=features)
         head = self.vlm.head("mask", name)
         known = torch.tensor([head.labels.index(t) if t in head.labels else -1 for t in targets], device=self.vlm.device)
-        drawn = head.decode(embedding, _prompts(len(targets), self.vlm.device, tokens=self.vlm.seg_states(batch, out), named=known))
+        drawn, frame = self._draw(picture, _prompts(len(targets), self.vlm.device, tokens=self.vlm.seg_states(batch, out), named=known))
         chances = head.probability(drawn.present).tolist()
         masks = [frame.masks(_even(each[None]))[0] for each in drawn.logits]
         return [Segmentation(picture, t, m if c >= PRESENT else np.zeros_like(m), c) for t, m, c in zip(targets, masks, chances)]
+
+    def _draw(self, picture: Image | Volume, prompts) -> tuple[Masks, Frame]:
+        """Masks of words, and where their maps lie: from windows where the model zooms in on this modality (``about["zoom"]``,
+        a multiple of the resolution at which the whole image fits the encoder), for targets too thin to see there. Presence
+        and what the words mean come from the whole image."""
+        name, _, embedding, frame = self._look(picture)
+        head = self.vlm.head("mask", name)
+        drawn = head.decode(embedding, prompts)
+        zoom = self.vlm.config.about.get("zoom", {}).get(picture.modality, 1.0)
+        if zoom == 1.0:
+            return drawn, frame
+        spec = self.vlm.encoders[name].spec
+        tiled = tiles(picture, spec, zoom)
+        seen = (self.vlm.encode({name: tensor[None].to(self.vlm.device)})[name] for tensor in inputs(picture, spec, tiled.frames))
+        return drawn._replace(logits=blend(tiled, (head.decode(head.embed(f), prompts).logits for f in seen))), tiled.whole
 
     @torch.no_grad()
     def _prompted(self, picture: Image, label: str, points, boxes) -> Segmentation:
@@ -479,9 +495,7 @@ def _even(logits: torch.Tensor) -> torch.Tensor:
     return pool(logits[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
 
 
-def _prompts(count: int, device, **given):
-    from ..heads.mask import Prompts
-
+def _prompts(count: int, device, **given) -> Prompts:
     return Prompts(torch.zeros(count, dtype=torch.long, device=device), **given)
 
 

@@ -15,7 +15,9 @@ from medvlm.imaging.scan import Image, Study, Volume
 from medvlm.predictors import load
 from medvlm.predictors.base import Model, check_question, pick
 from medvlm.predictors.native import NativeModel, _parts, _turns, cardiothoracic_ratio, choices_of
+from medvlm.preprocess import Frame, inputs, tiles
 from medvlm.sample import Mask, Prediction, Sample, Segmentation, Turn, box_of
+from medvlm.vlm import MedVLM
 
 
 @pytest.mark.parametrize(
@@ -346,3 +348,21 @@ def test_a_model_that_is_not_there_lists_what_there_is(film, tmp_path, capsys):
     for name in ("medvlm-huge", str(tmp_path), ""):
         status, out, err = command(capsys, "ask", film, "Is it?", "--model", name)
         assert (status, out) == (2, "") and "[NO_SUCH_PART]" in err and "bundled" in err
+
+
+def test_windows_zoom_in_on_what_is_thin(tiny_folder, monkeypatch):
+    """Twice as fine: every window is decoded with the words of the whole picture and joined; presence stays that of the whole."""
+    monkeypatch.setattr(Frame, "masks", lambda self, maps, cut=Frame.masks: cut(self, maps - maps.median()))  # random weights draw all or nothing
+    model, picture = load(tiny_folder, "cpu"), tiny.picture(size=(64, 80))
+    model.vlm.heads["mask"].presence[-1].bias.data += 20
+    plain = model.segment(picture, "left lung")
+    model.vlm.config.about = {**model.vlm.config.about, "zoom": {"xray": 1.0}}
+    assert np.array_equal(model.segment(picture, "left lung").mask, plain.mask)
+    model.vlm.config.about = {**model.vlm.config.about, "zoom": {"xray": 2.0}}
+    looked = []
+    monkeypatch.setattr(MedVLM, "encode", lambda self, images, real=MedVLM.encode: (looked.append(images["picture"][0]), real(self, images))[1])
+    fine = model.segment(picture, "left lung")
+    spec = model.vlm.encoders["picture"].spec
+    windows = list(inputs(picture, spec, tiles(picture, spec, 2.0).frames))
+    assert len(windows) >= 4 and len(looked) == len(windows) and all(torch.equal(a, b) for a, b in zip(looked, windows))
+    assert fine.mask.shape == (64, 80) and fine.present == plain.present and (fine.mask != plain.mask).any()
