@@ -290,9 +290,11 @@ def list_arguments(parser: Parser) -> None:
 def list_parts(args: argparse.Namespace) -> int:
     """what there is to build with, one line each"""
     if args.what == "models":
-        from .predictors import BUNDLED
+        from .predictors import BUNDLED, SCHEMES
+        from .vlm import names
 
-        found = {p.parent.name: "bundled" for p in sorted(BUNDLED.glob("*/config.json"))}
+        kinds = names("predictors", "load")
+        found = {p.parent.name: "bundled" for p in sorted(BUNDLED.glob("*/config.json"))} | {f"{s}:": kinds[file] for s, file in SCHEMES.items()}
     else:
         from .vlm import names
 

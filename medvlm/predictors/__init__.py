@@ -18,7 +18,7 @@ def load(name: str | Path = DEFAULT, device: str | None = None, allow_upload: bo
 
     Args:
         name: "medvlm-tiny" (bundled); a folder written by ``medvlm train`` / ``save_pretrained``; or "hf:FOLDER|ORG/NAME"
-            (any AutoModelForImageTextToText), "openclip:...", "sam:FILE.pth|FOLDER", "openai:URL", "file:predictions.jsonl".
+            (any AutoModelForImageTextToText), "openclip:...", "sam:[medsam:]FILE.pth|FOLDER", "openai:URL", "file:predictions.jsonl".
         device: "cpu", "cuda", "cuda:1", "mps"; the best one there is when None.
         allow_upload: images and questions may leave this machine; without it "openai:" models are refused.
 

@@ -1,4 +1,4 @@
-"""``file:predictions.jsonl``: saved predictions in the place of a model, so that they are scored as it would be."""
+"""Saved predictions in the place of a model, so that they are scored as it would be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``openai:URL``: any server that speaks OpenAI's chat protocol; only with a flag that says that images leave this program.
+"""Any server that speaks OpenAI's chat protocol; only with a flag that says that images leave this program.
 
 The flag is asked for on every address, this machine's own included: a local port is often the end of a tunnel or a gateway.
 Pictures are sent as PNG without any header; ids, file names and everything else that we know of a study stay here.

@@ -1,4 +1,4 @@
-"""``hf:``: any AutoModelForImageTextToText, from a folder or the hub, with its own processor and chat template.
+"""Any AutoModelForImageTextToText, from a folder or the hub, with its own processor and chat template.
 
 Questions about the same images run on one prefilled prefix: the images are encoded once, and each question goes on from
 a fork of the key-value cache. That this model may be cut there (plain causal attention, positions that go on) is not
