@@ -11,7 +11,7 @@ analyze: $(READY)
 	$(BIN)/medvlm analyze examples/chest-xray/chest-xray.jpg --out out/chest-xray
 
 test: $(TEST_READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo: $(TEST_READY)
 	$(BIN)/medvlm demo

@@ -91,7 +91,7 @@ class Visit:
     def __init__(self, browser, address):
         self.urls, self.wrong = [], []
         self.page = browser.new_page(viewport={"width": 1500, "height": 950})
-        self.page.set_default_timeout(15000)
+        self.page.set_default_timeout(60000)  # the first page of a cold process on a busy machine
         self.page.on("request", lambda r: self.urls.append(r.url))
         self.page.on("pageerror", lambda e: self.wrong.append(str(e)))
         self.page.goto(address)
