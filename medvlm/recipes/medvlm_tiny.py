@@ -1,4 +1,4 @@
-"""The bundled model: a small reader of chest X-rays that trains on two cores in half an hour.
+"""The bundled model: a small reader of chest X-rays, sized to train on two cores.
 
 An encoder, a language model of four layers and SAM's decoder learn together from scratch: outlines, findings, answers.
 """
