@@ -290,13 +290,13 @@ def list_arguments(parser: Parser) -> None:
 def list_parts(args: argparse.Namespace) -> int:
     """what there is to build with, one line each"""
     if args.what == "models":
+        from .parts import names
         from .predictors import BUNDLED, SCHEMES
-        from .vlm import names
 
         kinds = names("predictors", "load")
         found = {p.parent.name: "bundled" for p in sorted(BUNDLED.glob("*/config.json"))} | {f"{s}:": kinds[file] for s, file in SCHEMES.items()}
     else:
-        from .vlm import names
+        from .parts import names
 
         found = names(args.what, "RECIPE" if args.what == "recipes" else "build")
     if args.json:

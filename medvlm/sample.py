@@ -71,6 +71,8 @@ class Sample:
     images: {id: Image | Volume}. turns: the conversation; the last assistant turn is the target.
     labels: {finding: 1 present | 0 absent | NaN not labelled}. choices: the answers to pick from, or None when free.
     group: samples that are scored together (a probe and its adversarial twin). meta: everything else the source says.
+    verb: what a model is asked to do with it: "ask", "report", "segment", "ground", "classify" (its ``choices``) or "embed"
+    (its images, and its answer as text); None for what it holds: segment where there are masks, else ask.
     """
 
     id: str
@@ -83,6 +85,7 @@ class Sample:
     choices: tuple[str, ...] | None = None
     group: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    verb: str | None = None
 
     @property
     def question(self) -> str:
@@ -97,7 +100,10 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model said of one sample. A failure is a row with ``error`` ("CODE: text"), never a missing row."""
+    """What a model said of one sample. A failure is a row with ``error`` ("CODE: text"), never a missing row.
+
+    vectors: {"image": (D,), "text": (D,)} of unit length, where the sample was to be embedded.
+    """
 
     id: str
     text: str = ""
@@ -107,6 +113,7 @@ class Prediction:
     masks: tuple[Mask, ...] = ()
     seconds: float = 0.0
     error: str | None = None
+    vectors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,12 +7,8 @@ Importing this module makes transformers know ``model_type="medvlm"``: AutoConfi
 from __future__ import annotations
 
 import copy
-import importlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +28,7 @@ from .encoders.base import Features
 from .errors import ModelError
 from .heads.mask import Masks, Prompts
 from .language import Batch
+from .parts import find
 from .preprocess import normalise
 from .processor import MedVLMProcessor
 
@@ -299,33 +296,6 @@ def build_part(folder: str, file: str, args: Mapping | None = None) -> nn.Module
         return find(folder, file).build(**{k: tuple(v) if isinstance(v, list) else v for k, v in (args or {}).items()})
     except TypeError as error:
         raise ModelError(f"{folder}/{file}: {error}", "BAD_RECIPE", "see the docstring of its build()") from error
-
-
-def names(folder: str, attribute: str = "build") -> dict[str, str]:
-    """{name: first line of its docstring} of the parts in a folder of this package; the folder is the registry."""
-    import ast
-
-    found = {}
-    for path in sorted((Path(__file__).parent / folder).glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)} | {
-            t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)
-        }
-        if attribute in defined:
-            found[path.stem] = (ast.get_docstring(tree) or "").split("\n")[0]
-    found |= {e.name: f"from {e.dist.name}" for e in entry_points(group=f"medvlm.{folder}")}
-    return found
-
-
-def find(folder: str, name: str, attribute: str = "build"):
-    """The module of a part, by name; never by a dotted path."""
-    known = names(folder, attribute)
-    if not re.fullmatch(r"[A-Za-z]\w*", name) or name not in known:
-        raise ModelError(f"there is no {folder[:-1]} {name!r}; there are: {', '.join(known) or 'none'}", "NO_SUCH_PART")
-    for entry in entry_points(group=f"medvlm.{folder}"):
-        if entry.name == name:
-            return entry.load()
-    return importlib.import_module(f".{folder}.{name}", __package__)
 
 
 AutoConfig.register("medvlm", MedVLMConfig, exist_ok=True)

@@ -73,7 +73,7 @@ def load(name: str) -> Recipe:
     Raises:
         ModelError: NO_SUCH_PART, listing the recipes; BAD_RECIPE when the file defines no RECIPE.
     """
-    from ..vlm import find
+    from ..parts import find
 
     if name.endswith(".py"):
         import runpy

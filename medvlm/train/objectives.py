@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import vlm
+from .. import parts
 from ..encoders.base import Features
 from ..errors import ModelError
 from ..heads.mask import Prompts
@@ -259,9 +259,9 @@ def giou_loss(a: Tensor, b: Tensor) -> Tensor:
 def find(names: str):
     """The objectives of "lm+mask+classify", in order: those of this file, and those of heads that bring an ``objective``."""
     known = {f.__name__: f for f in (lm, mask, classify, clip, siglip, box)}
-    brought, found = vlm.names("heads", "objective"), []
+    brought, found = parts.names("heads", "objective"), []
     for name in names.split("+"):
-        objective = known.get(name) or (name in brought and getattr(vlm.find("heads", name, "objective"), "objective", None))
+        objective = known.get(name) or (name in brought and getattr(parts.find("heads", name, "objective"), "objective", None))
         if not objective:
             raise ModelError(f"there is no objective {name!r}; there are: {', '.join((*known, *brought))}", "BAD_RECIPE")
         found.append(objective)

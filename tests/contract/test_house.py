@@ -11,6 +11,7 @@ HOUSE = Path(__file__).parents[2] / "medvlm"
 
 FLOORS = {
     "errors": 0,
+    "parts": 0.5,
     "imaging": 1,
     "sample": 2,
     "datasets": 3, "evaluate": 3,
@@ -26,7 +27,7 @@ FLOORS = {
 }  # fmt: skip
 """Floor of each file or folder of the package; a new one must be given its floor here."""
 
-LIGHT = {"errors", "imaging", "sample", "datasets", "evaluate"}
+LIGHT = {"errors", "parts", "imaging", "sample", "datasets", "evaluate"}
 HEAVY = {"torch", "torchvision", "transformers", "timm", "monai", "accelerate", "peft", "open_clip", "segment_anything", "safetensors", "gradio", "tensorflow", "jax"}
 """Libraries that load torch or are as heavy; not below floor 4, not even inside a function."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medvlm import vlm
+from medvlm import parts, vlm
 from medvlm.encoders.base import Features
 from medvlm.errors import ModelError
 from medvlm.recipes.base import Recipe, load
@@ -66,7 +66,7 @@ PARTS = [(folder, name) for folder in ("encoders", "projectors", "heads") for na
 
 @pytest.mark.parametrize(("folder", "attribute"), [("encoders", "build"), ("projectors", "build"), ("heads", "build"), ("recipes", "RECIPE")])
 def test_the_folder_is_the_registry(folder, attribute):
-    listed = vlm.names(folder, attribute)
+    listed = parts.names(folder, attribute)
     assert files(folder, attribute).keys() <= listed.keys() and files(folder, attribute)
     assert "base" not in listed and "__init__" not in listed
     assert all(about.strip() and len(about) < 140 for about in listed.values()), listed
@@ -75,8 +75,8 @@ def test_the_folder_is_the_registry(folder, attribute):
 @pytest.mark.parametrize(("folder", "name"), PARTS)
 def test_a_part_says_what_it_builds_from(folder, name):
     module = importlib.import_module(f"medvlm.{folder}.{name}")
-    assert vlm.find(folder, name) is module
-    assert vlm.names(folder)[name] == module.__doc__.splitlines()[0]
+    assert parts.find(folder, name) is module
+    assert parts.names(folder)[name] == module.__doc__.splitlines()[0]
 
 
 @pytest.fixture(autouse=True)
@@ -229,7 +229,7 @@ def test_a_recipe_is_complete_and_its_config_is_plain_json(name):
     assert json.loads(json.dumps(config.parts)) == json.loads(config.to_json_string())["parts"]
     for folder in vlm.FOLDERS:
         for part in config.parts.get(folder, {}).values():
-            assert vlm.find(folder, part["file"])
+            assert parts.find(folder, part["file"])
 
 
 def run_guide(guide: str, folder: str, file: str, home: Path) -> str:

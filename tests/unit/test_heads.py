@@ -16,7 +16,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import nn
 
-from medvlm import vlm
+from medvlm import parts, vlm
 from medvlm.encoders.base import Features
 from medvlm.errors import MedVLMError
 from medvlm.heads.box import Boxes
@@ -502,7 +502,7 @@ def test_the_head_of_the_guide_is_one_file(tmp_path):
     shutil.copy(Path(tiny.__file__), tmp_path)
     done = subprocess.run([sys.executable, "-c", DROPPED], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "area" in [line.split()[0] for line in done.stdout.splitlines() if line] and "area" not in vlm.names("heads")
+    assert "area" in [line.split()[0] for line in done.stdout.splitlines() if line] and "area" not in parts.names("heads")
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -563,5 +563,5 @@ def test_an_objective_takes_one_encoder():
 
 
 def test_the_heads_are_listed():
-    listed = vlm.names("heads")
+    listed = parts.names("heads")
     assert {"mask", "classify", "contrast", "box"} <= set(listed)

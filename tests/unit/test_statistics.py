@@ -65,7 +65,7 @@ def test_unknown_values_are_left_out_and_counted():
     assert nothing.n == 0 and nothing.excluded == 3 and math.isnan(nothing.value)
     assert json.loads(json.dumps(nothing.to_json(), allow_nan=False))["value"] is None
     score = auroc_score("x", [0.1, 0.9, float("nan"), 0.5], [0, 1, 1, float("nan")], "abcd")
-    assert (score.value, score.n, score.excluded, score.chance, score.low) == (1.0, 2, 2, 0.5, None)
+    assert (score.value, score.n, score.excluded, score.chance, score.low) == (0.0, 3, 1, 0.5, None)  # no answer ranks last
 
 
 def test_calibration_moves_towards_the_truth():
@@ -137,5 +137,5 @@ def test_a_blind_reader_says_what_was_commonest():
 
 def test_a_score_is_plain_json():
     assert json.loads(json.dumps(Score("x", 0.5, 3, low=float("inf")).to_json(), allow_nan=False)) == {
-        "name": "x", "value": 0.5, "n": 3, "excluded": 0, "low": None, "high": None, "chance": None, "unit": "", "convention": "", "slice": "all",
+        "name": "x", "value": 0.5, "n": 3, "excluded": 0, "low": None, "high": None, "chance": None, "unit": "", "convention": "", "slice": "all", "task": "", "note": "",
     }  # fmt: skip

@@ -1,0 +1,36 @@
+"""The folder is the registry: parts of this package by name, read without importing them."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from .errors import ModelError
+
+
+def names(folder: str, attribute: str = "build") -> dict[str, str]:
+    """{name: first line of its docstring} of the parts in a folder of this package; the folder is the registry."""
+    found = {}
+    for path in sorted((Path(__file__).parent / folder).glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        defined = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)} | {
+            t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)
+        }
+        if attribute in defined:
+            found[path.stem] = (ast.get_docstring(tree) or "").split("\n")[0]
+    found |= {e.name: f"from {e.dist.name}" for e in entry_points(group=f"medvlm.{folder}")}
+    return found
+
+
+def find(folder: str, name: str, attribute: str = "build"):
+    """The module of a part, by name; never by a dotted path."""
+    known = names(folder, attribute)
+    if not re.fullmatch(r"[A-Za-z]\w*", name) or name not in known:
+        raise ModelError(f"there is no {folder[:-1]} {name!r}; there are: {', '.join(known) or 'none'}", "NO_SUCH_PART")
+    for entry in entry_points(group=f"medvlm.{folder}"):
+        if entry.name == name:
+            return entry.load()
+    return importlib.import_module(f".{folder}.{name}", __package__)
