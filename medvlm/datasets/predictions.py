@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ..errors import MedVLMError, ModelError
+from ..errors import FileError, MedVLMError, ModelError
 from ..imaging.files import writing
 from ..imaging.scan import Image, Volume
 from ..sample import Mask, Prediction, Region, Sample
@@ -38,16 +39,50 @@ def save_predictions(path: str | Path, predictions: Iterable[Prediction]) -> Pat
             if p.id in seen:
                 raise ModelError(f"two predictions have the id {p.id!r}", "BAD_PREDICTIONS")
             seen.add(p.id)
-            row = {
-                "id": p.id, "text": p.text, "probability": _number(p.probability),
-                "choices": None if p.choices is None else {k: _number(v) for k, v in p.choices.items()},
-                "regions": [{"image": r.image, "label": r.label, "probability": _number(r.probability), "lower": _corner(r, 0), "upper": _corner(r, 1),
-                             "mask": None if r.mask is None else _save_mask(path, r.mask)} for r in p.regions],
-                "masks": [{"image": m.image, "label": m.label, "mask": _save_mask(path, m.array)} for m in p.masks],
-                "seconds": _number(p.seconds), "error": p.error,
-            }  # fmt: skip
-            lines.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            lines.write(_line(path, p))
     return path
+
+
+def append_predictions(path: str | Path, predictions: Iterable[Prediction]) -> None:
+    """Add predictions at the end of a file, safe on disk when this returns; their ids must be new to it.
+
+    Raises:
+        FileError: CANNOT_WRITE, as when the disk is full; what was there before is still whole (:func:`mend`).
+    """
+    path = Path(path)
+    try:
+        with path.open("a", encoding="utf-8") as lines:
+            for p in predictions:
+                lines.write(_line(path, p))
+            lines.flush()
+            os.fsync(lines.fileno())
+    except OSError as e:
+        raise FileError(f"cannot write {path.name}: {e.strerror or type(e).__name__}", "CANNOT_WRITE") from e
+
+
+def mend(path: str | Path) -> None:
+    """Cut off a last line that was never finished, as a kill in the middle of a write leaves it."""
+    path = Path(path)
+    if not path.is_file():
+        return
+    with path.open("rb+") as raw:
+        whole = raw.read()
+        if whole and not whole.endswith(b"\n"):
+            raw.truncate(whole.rfind(b"\n") + 1)
+
+
+def _line(path: Path, p: Prediction) -> str:
+    row = {
+        "id": p.id, "text": p.text, "probability": _number(p.probability),
+        "choices": None if p.choices is None else {k: _number(v) for k, v in p.choices.items()},
+        "regions": [{"image": r.image, "label": r.label, "probability": _number(r.probability), "lower": _corner(r, 0), "upper": _corner(r, 1),
+                     "mask": None if r.mask is None else _save_mask(path, r.mask)} for r in p.regions],
+        "masks": [{"image": m.image, "label": m.label, "mask": _save_mask(path, m.array)} for m in p.masks],
+        "seconds": _number(p.seconds), "error": p.error,
+    }  # fmt: skip
+    if p.vectors:
+        row["vectors"] = {k: [_number(x) for x in np.asarray(v, np.float32).tolist()] for k, v in p.vectors.items()}
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def rows(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -95,7 +130,9 @@ def prediction(row: Mapping[str, Any] | None, sample: Sample) -> Prediction:
         )  # fmt: skip
     except MedVLMError as error:
         return Prediction(sample.id, error=f"{error.code}: {error.message}")
-    return Prediction(sample.id, row.get("text") or "", row.get("probability"), row.get("choices"), regions, masks, row.get("seconds") or 0.0, row.get("error"))
+    vectors = {k: np.array([math.nan if x is None else x for x in v], np.float32) for k, v in (row.get("vectors") or {}).items()}
+    return Prediction(sample.id, row.get("text") or "", row.get("probability"), row.get("choices"), regions, masks, row.get("seconds") or 0.0,
+                      row.get("error"), vectors)  # fmt: skip
 
 
 def _number(value: float | None) -> float | None:
@@ -174,6 +211,9 @@ def _check(line: str, file: str, number: int) -> dict[str, Any]:
     for name, value in (row.get("choices") or {}).items():
         if not chance(value):
             refuse(f"choice {name[:40]!r} must be a number from 0 to 1 or null, got {str(value)[:80]}")
+    for name, vector in _object(row, "vectors", refuse).items():
+        if not isinstance(vector, list) or not vector or not all(x is None or _finite(x) for x in vector):
+            refuse(f"vector {name[:40]!r} must be a list of numbers, got {str(vector)[:80]}")
     for what in ("regions", "masks"):
         for i, entry in enumerate(row.get(what) or ()):
             if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in ("image", "label")):
@@ -186,6 +226,13 @@ def _check(line: str, file: str, number: int) -> dict[str, Any]:
             if not chance(entry.get("probability")):
                 refuse(f"{what}[{i}]: probability must be a number from 0 to 1 or null, got {str(entry['probability'])[:80]}")
     return row
+
+
+def _object(row: Mapping[str, Any], name: str, refuse) -> dict[str, Any]:
+    value = row.get(name)
+    if not isinstance(value, dict | None):
+        refuse(f"field {name!r} must be an object or null, got {str(value)[:80]}")
+    return value or {}
 
 
 def _finite(value: Any) -> bool:

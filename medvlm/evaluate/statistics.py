@@ -35,7 +35,7 @@ class Score:
     """One line of scores.json. value is a fraction unless ``unit`` says mm, s, ...; low and high: 95 % interval.
 
     excluded: items that the metric has nothing to say of (no reference), never wrong or missing answers. chance: what
-    guessing gets. note: why a number is missing.
+    guessing gets. note: why a number is missing. better: "higher", "lower", or "neither" where it only describes.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Score:
     slice: str = "all"
     task: str = ""
     note: str = ""
+    better: str = "higher"
     items: Items | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:

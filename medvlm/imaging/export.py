@@ -48,16 +48,8 @@ def save_preview(image: Image | Volume, regions: Sequence, sentences: Sequence[t
     from PIL import Image as Picture
     from PIL import ImageDraw, ImageFont
 
-    shown, masks = _slice(image, regions)
-    grey = shown if shown.ndim == 3 else np.repeat(shown[..., None], 3, -1)
-    height, width = _screen(grey.shape[:2], image)
-    canvas = np.asarray(Picture.fromarray(grey).resize((width, height), Picture.Resampling.BICUBIC)).copy()
-    colours = {region.label: COLOURS[i % len(COLOURS)] for i, region in enumerate(regions)}
-    for region, mask in zip(regions, masks):
-        if mask is not None and mask.any():
-            wide = np.asarray(Picture.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Picture.Resampling.BILINEAR)) > 127
-            canvas[_outline(wide)] = _rgb(colours[region.label])
-
+    canvas, colours = outlined(image, regions)
+    height, width = canvas.shape[:2]
     font, bold = ImageFont.load_default(15), ImageFont.load_default(18)
     lines: list[tuple[str, object, list[str], int]] = []
     if title:
@@ -88,6 +80,24 @@ def save_preview(image: Image | Volume, regions: Sequence, sentences: Sequence[t
     with writing(path) as temporary:
         page.save(temporary, format="PNG")
     return Path(path)
+
+
+def outlined(image: Image | Volume, regions: Sequence, longest: int = 900, thickness: int = 2) -> tuple[np.ndarray, dict[str, str]]:
+    """uint8 (h, w, 3) of the picture, or of the slice of a volume on which most is outlined, with the outlines drawn on it,
+    and {label: colour}. Regions without a mask are not drawn. longest: pixels of its longer side.
+    """
+    from PIL import Image as Picture
+
+    shown, masks = _slice(image, regions)
+    grey = shown if shown.ndim == 3 else np.repeat(shown[..., None], 3, -1)
+    height, width = _screen(grey.shape[:2], image, longest)
+    canvas = np.asarray(Picture.fromarray(grey).resize((width, height), Picture.Resampling.BICUBIC)).copy()
+    colours = {region.label: COLOURS[i % len(COLOURS)] for i, region in enumerate(regions)}
+    for region, mask in zip(regions, masks):
+        if mask is not None and mask.any():
+            wide = np.asarray(Picture.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Picture.Resampling.BILINEAR)) > 127
+            canvas[_outline(wide, thickness)] = _rgb(colours[region.label])
+    return canvas, colours
 
 
 def _slice(image: Image | Volume, regions: Sequence) -> tuple[np.ndarray, list[np.ndarray | None]]:

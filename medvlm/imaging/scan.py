@@ -32,7 +32,7 @@ class _Scan:
         self.id, self.modality, self.unit = id, modality, unit
         self.info: dict[str, Any] = dict(info or {})
         self.info.setdefault("warnings", [])
-        self._array = array
+        self._array, self._source = array, array
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,6 +52,10 @@ class _Scan:
                 )
             self._array = array
         return self._array
+
+    def release(self) -> None:
+        """Let go of pixels that came from a file; they are read again when next used."""
+        self._array = self._source
 
     def __repr__(self) -> str:
         spacing = "unknown" if self.spacing is None else " x ".join(f"{s:.4g}" for s in self.spacing) + " mm"

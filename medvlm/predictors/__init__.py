@@ -9,7 +9,7 @@ from ..errors import ModelError
 
 BUNDLED = Path(__file__).parent.parent / "models"
 DEFAULT = "medvlm-tiny"
-SCHEMES = {"hf": "transformers", "openclip": "openclip", "sam": "sam", "openai": "openai", "file": "file"}
+SCHEMES = {"hf": "transformers", "openclip": "openclip", "sam": "sam", "openai": "openai", "file": "file", "blind": "blind"}
 """{prefix of a model's name: file of this folder}."""
 
 
@@ -18,7 +18,8 @@ def load(name: str | Path = DEFAULT, device: str | None = None, allow_upload: bo
 
     Args:
         name: "medvlm-tiny" (bundled); a folder written by ``medvlm train`` / ``save_pretrained``; or "hf:FOLDER|ORG/NAME"
-            (any AutoModelForImageTextToText), "openclip:...", "sam:[medsam:]FILE.pth|FOLDER", "openai:URL", "file:predictions.jsonl".
+            (any AutoModelForImageTextToText), "openclip:...", "sam:[medsam:]FILE.pth|FOLDER", "openai:URL", "file:predictions.jsonl",
+            "blind:yes|random|prior" or "blind:MODEL" (baselines that see no image).
         device: "cpu", "cuda", "cuda:1", "mps"; the best one there is when None.
         allow_upload: images and questions may leave this machine; without it "openai:" models are refused.
 
@@ -29,6 +30,8 @@ def load(name: str | Path = DEFAULT, device: str | None = None, allow_upload: bo
     scheme, colon, rest = str(name).partition(":")
     if colon and scheme in SCHEMES:
         module = importlib.import_module(f".{SCHEMES[scheme]}", __name__)
+        if scheme == "blind":
+            return module.load(rest, device, allow_upload)
         return module.load(rest, allow_upload) if scheme == "openai" else module.load(rest, device)
     from . import native
 

@@ -16,10 +16,18 @@ import numpy as np
 
 from ..errors import MedVLMError, ModelError
 from ..imaging.scan import Image, Study, Volume
-from ..sample import Answer, Prediction, Region, Report, Sample, Segmentation
+from ..sample import Answer, Mask, Prediction, Region, Report, Sample, Segmentation
 
 QUESTION_LIMIT = 2000
 """Characters of a question; longer ones are refused before any work."""
+
+
+VERBS = ("ask", "report", "segment", "ground", "classify", "embed")
+
+
+def verb_of(sample: Sample) -> str:
+    """What a sample asks for: its ``verb``, else "segment" where it holds masks, "report" where nobody asks, "ask"."""
+    return sample.verb or ("segment" if sample.masks else "ask" if sample.question or not sample.turns else "report")
 
 
 class Model:
@@ -63,33 +71,51 @@ class Model:
         return None
 
     def predict(self, samples: Sequence[Sample]) -> list[Prediction]:
-        """One Prediction a sample, in order: a mask where the sample holds masks, an answer where it asks."""
+        """One Prediction a sample, in order, by what :func:`verb_of` says it asks for. A failure is a row with an error."""
         return [self._one(s) for s in samples]
 
     def _one(self, sample: Sample) -> Prediction:
         began = time.perf_counter()
         try:
-            study = Study(sample.id, sample.patient, tuple(sample.images.values()))
-            if sample.masks:
-                found = [self.segment(study, mask.label, image=mask.image) for mask in sample.masks]
-                from ..sample import Mask
-
-                result = Prediction(sample.id, "", min(s.present for s in found),
-                                    masks=tuple(Mask(s.image.id, s.label, s.mask) for s in found))  # fmt: skip
-            else:
-                result = self._answer(sample)
+            result = self._do(verb_of(sample), sample)
         except MedVLMError as error:
             result = Prediction(sample.id, error=f"{error.code}: {error.message}")
         except Exception as error:  # one bad item must not lose the others; a foreign text may quote the patient's file
             result = Prediction(sample.id, error=f"INTERNAL: {type(error).__name__}")
         return Prediction(**{**vars(result), "seconds": time.perf_counter() - began})
 
+    def _do(self, verb: str, sample: Sample) -> Prediction:
+        if verb == "ask":
+            return self._answer(sample)
+        study = Study(sample.id, sample.patient, tuple(sample.images.values()))
+        if verb == "segment":
+            found = [self.segment(study, mask.label, image=mask.image) for mask in sample.masks]
+            masks = tuple(Mask(s.image.id, asked.label, s.mask) for s, asked in zip(found, sample.masks))  # the label as it was asked for
+            return Prediction(sample.id, "", min(s.present for s in found), masks=masks)
+        if verb == "report":
+            said = self.report(study)
+            if said.out_of_scope:
+                raise ModelError(said.out_of_scope, "OUT_OF_SCOPE")
+            text = f"FINDINGS: {said.findings}\nIMPRESSION: {said.impression}".replace("FINDINGS: \n", "")
+            return Prediction(sample.id, text.removesuffix("\nIMPRESSION: "), regions=tuple(r for s in said.sentences for r in s.regions))
+        if verb == "ground":
+            regions = tuple(self.ground(study, sample.question))
+            return Prediction(sample.id, "", max((r.probability or 0.0 for r in regions), default=0.0), regions=regions)
+        if verb == "classify":
+            chances = self.classify(study, list(sample.choices or ()))
+            best = max(chances, key=lambda k: chances[k], default="")
+            return Prediction(sample.id, best, chances.get(best), chances)
+        if verb == "embed":
+            seen = {"image": self.embed(study)} if sample.images else {}
+            return Prediction(sample.id, vectors=seen | ({"text": self.embed(sample.answer)} if sample.answer else {}))
+        raise ModelError(f"sample {sample.id} asks to {verb!r}; a model can {', '.join(VERBS)}", "BAD_ARGUMENT")
+
     def _answer(self, sample: Sample) -> Prediction:
         answer = self.ask(Study(sample.id, sample.patient, tuple(sample.images.values())), sample.question)
         return Prediction(sample.id, answer.text, answer.probability, answer.choices, answer.regions)
 
     def _cannot(self, verb: str) -> ModelError:
-        able = [v for v in ("ask", "report", "segment", "ground", "classify", "embed") if getattr(type(self), v) is not getattr(Model, v)]
+        able = [v for v in VERBS if getattr(type(self), v) is not getattr(Model, v)]
         return ModelError(f"{self.name} cannot {verb}; it can {', '.join(able) or 'do nothing yet'}", "UNSUPPORTED_VERB")
 
 

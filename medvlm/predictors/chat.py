@@ -17,7 +17,7 @@ from ..errors import MedVLMError, ModelError
 from ..imaging.scan import Image, Volume
 from ..imaging.window import display, show
 from ..sample import MARKED, Answer, Prediction, Report, Sample, Sentence, Turn
-from .base import Model, check_question, pick
+from .base import Model, check_question, pick, verb_of
 
 SLICES = 16
 """Slices that stand for a volume: evenly spaced, axial."""
@@ -96,6 +96,9 @@ class Chat(Model):
         rows: dict[int, Prediction] = {}
         groups: dict[tuple[int, ...], list[tuple[int, Request]]] = {}
         for i, sample in enumerate(samples):
+            if verb_of(sample) not in ("ask", "report"):
+                rows[i] = self._one(sample)
+                continue
             try:
                 asked = self._request(sample)
                 groups.setdefault(tuple(map(id, asked.images)), []).append((i, asked))
@@ -111,8 +114,6 @@ class Chat(Model):
     def _request(self, sample: Sample) -> Request:
         from .native import choices_of
 
-        if sample.masks:
-            raise self._cannot("segment")
         turns = [t for k, t in enumerate(sample.turns) if t.role != "assistant" or k < len(sample.turns) - 1]
         if not any(t.role == "user" for t in turns):
             return request([*turns, Turn("user", REPORT)], sample.images, most=REPORT_TOKENS)

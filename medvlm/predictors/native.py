@@ -32,7 +32,7 @@ from ..sample import (
     box_of,
 )
 from ..vlm import MedVLM
-from .base import Model, check_question, clicks, corners, digest, pick, place, pretrained, words_of
+from .base import Model, check_question, clicks, corners, digest, pick, place, pretrained, verb_of, words_of
 from .prefix import Tree
 
 PRESENT = 0.5
@@ -108,7 +108,7 @@ class NativeModel(Model):
         found: dict[int, Prediction] = {}
         groups: dict[tuple, list[int]] = {}
         for i, sample in enumerate(samples):
-            if sample.masks or not sample.images:
+            if verb_of(sample) != "ask" or not sample.images:
                 found[i] = self._one(sample)
             else:
                 groups.setdefault(tuple((key, id(x)) for key, x in sample.images.items()), []).append(i)

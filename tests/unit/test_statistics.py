@@ -137,5 +137,5 @@ def test_a_blind_reader_says_what_was_commonest():
 
 def test_a_score_is_plain_json():
     assert json.loads(json.dumps(Score("x", 0.5, 3, low=float("inf")).to_json(), allow_nan=False)) == {
-        "name": "x", "value": 0.5, "n": 3, "excluded": 0, "low": None, "high": None, "chance": None, "unit": "", "convention": "", "slice": "all", "task": "", "note": "",
+        "name": "x", "value": 0.5, "n": 3, "excluded": 0, "low": None, "high": None, "chance": None, "unit": "", "convention": "", "slice": "all", "task": "", "note": "", "better": "higher",
     }  # fmt: skip
