@@ -60,12 +60,13 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_model(parser: Parser) -> None:
+def add_model(parser: Parser, image: bool = True) -> None:
     """The arguments that every verb that runs a model has."""
-    parser.add_argument("--model", default="medvlm-tiny", help="a bundled model, a model's folder, hf:, openclip:, sam:, openai: or file: (default: medvlm-tiny)")
+    parser.add_argument("--model", default="medvlm-tiny", help="a bundled model, a model's folder, hf:, openclip:, sam:, openai:, file: or blind: (default: medvlm-tiny)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     parser.add_argument("--allow-upload", action="store_true", help="openai: models only: images and questions may be sent to that server")
-    parser.add_argument("--image", metavar="ID", help="which image, where the study holds several (see medvlm show)")
+    if image:
+        parser.add_argument("--image", metavar="ID", help="which image, where the study holds several (see medvlm show)")
 
 
 def analyze_arguments(parser: Parser) -> None:
@@ -247,6 +248,64 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
+def evaluate_arguments(parser: Parser) -> None:
+    parser.add_argument("task", metavar="TASK", help="a task of `medvlm list tasks`, or a data set by name: every task that finds something in it")
+    add_model(parser, image=False)
+    parser.add_argument("--data", default="data", metavar="DIR|MANIFEST", help="a manifest.jsonl, a data set's folder, or a folder of them (default: data)")
+    parser.add_argument("--split", default="test", choices=("train", "val", "test"), help="what is scored (default: test)")
+    parser.add_argument("--out", required=True, metavar="RUN", help="folder of the run: predictions.jsonl, scores.json, report.html; one that was stopped goes on")
+    parser.add_argument("--convention", metavar="NAME", help="how answers are scored (see medvlm list tasks); the first is the default")
+    parser.add_argument("--limit", type=int, metavar="N", help="only N samples a task, chosen by lot; said in the scores")
+    parser.add_argument("--no-image", action="store_true", help="ask everything again without the image, and score it beside")
+    parser.add_argument("--judge", metavar="MODEL", help="a model that judges open answers too, e.g. openai:http://localhost:8000/v1")
+    parser.add_argument("--retry-errors", action="store_true", help="ask again what failed in an earlier start of this run")
+    parser.add_argument("--json", action="store_true", help="print scores.json")
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """predict, then score: any model on any data, with intervals, baselines and a report to read"""
+    from .evaluate import run
+    from .predictors import load
+
+    planned = run.plan(args.task, args.data, args.split, args.convention, args.limit)  # what cannot be scored is said before a model loads
+    model = _model(args)
+    words = load(f"blind:{args.model}", args.device, args.allow_upload) if args.no_image else None
+    judge = _judge(load(args.judge, args.device, args.allow_upload)) if args.judge else None
+    record = run.evaluate(args.task, model, args.data, args.out, args.split, args.convention, args.limit, words, args.retry_errors, judge, args.json, planned)
+    return _scored(record, args)
+
+
+def score_arguments(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN", help="folder that `medvlm evaluate` wrote")
+    parser.add_argument("--data", metavar="DIR|MANIFEST", help="the data, if they have moved since")
+    parser.add_argument("--convention", metavar="NAME", help="score by another convention than the run's")
+    parser.add_argument("--json", action="store_true", help="print scores.json")
+
+
+def score(args: argparse.Namespace) -> int:
+    """score saved predictions again, without the model"""
+    from .evaluate import run
+
+    args.out = args.run
+    return _scored(run.score(args.run, args.data, args.convention), args)
+
+
+def compare_arguments(parser: Parser) -> None:
+    parser.add_argument("runs", nargs=2, metavar="RUN", help="two runs of one task on the same data; the first is A")
+    parser.add_argument("--data", metavar="DIR|MANIFEST", help="the data, if they have moved since")
+    parser.add_argument("--slices", action="store_true", help="compare parts of the set too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def compare(args: argparse.Namespace) -> int:
+    """paired difference of two runs, with interval, p-values corrected over the scores, and wins, ties, losses"""
+    from .evaluate.compare import compare, table
+
+    found = compare(*args.runs, args.data, args.slices)
+    print(json.dumps(found) if args.json else table(found), end="\n" if args.json else "")
+    return 0
+
+
 def export_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a bundled model or a model's folder")
     parser.add_argument("--to", required=True, choices=("llava", "open_clip", "onnx", "torch"), help="the form to write")
@@ -283,7 +342,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def list_arguments(parser: Parser) -> None:
-    parser.add_argument("what", choices=("encoders", "projectors", "heads", "recipes", "models"))
+    parser.add_argument("what", choices=("encoders", "projectors", "heads", "datasets", "tasks", "recipes", "models"))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -298,7 +357,7 @@ def list_parts(args: argparse.Namespace) -> int:
     else:
         from .parts import names
 
-        found = names(args.what, "RECIPE" if args.what == "recipes" else "build")
+        found = names("evaluate", "TASK") if args.what == "tasks" else names(args.what, {"recipes": "RECIPE", "datasets": "DATASET"}.get(args.what, "build"))
     if args.json:
         print(json.dumps(found))
     else:
@@ -311,6 +370,26 @@ def _model(args: argparse.Namespace):
     from .predictors import load
 
     return load(args.model, args.device, args.allow_upload)
+
+
+def _judge(model):
+    """(prompts) -> texts: what a model answers to each; "" where it fails."""
+    from .sample import Sample, Turn
+
+    return lambda prompts: [p.text for p in model.predict([Sample(str(i), turns=(Turn("user", text),)) for i, text in enumerate(prompts)])]
+
+
+def _scored(record: dict[str, Any], args: argparse.Namespace) -> int:
+    """Print what a run is worth; 1 where every answer failed."""
+    if args.json:
+        print(json.dumps(record))
+    else:
+        from pathlib import Path
+
+        print((Path(args.out) / "table.md").read_text(encoding="utf-8"))
+        print(f"{sum(record['errors'].values())} of {sum(record['samples'].values())} failed; report: {Path(args.out) / 'report.html'}")
+        print(_notice())
+    return 1 if sum(record["errors"].values()) == sum(record["samples"].values()) else 0
 
 
 def _percent(probability: float) -> str:
@@ -332,6 +411,9 @@ VERBS: dict[str, tuple[Callable[[Parser], None], Callable[[argparse.Namespace], 
     "classify": (classify_arguments, classify),
     "embed": (embed_arguments, embed),
     "train": (train_arguments, train),
+    "evaluate": (evaluate_arguments, evaluate),
+    "score": (score_arguments, score),
+    "compare": (compare_arguments, compare),
     "export": (export_arguments, export),
     "demo": (demo_arguments, demo),
     "list": (list_arguments, list_parts),

@@ -1,0 +1,332 @@
+"""Predict, then score: one run is a folder that anyone can score again without the model.
+
+``run.json`` says what was asked of whom, ``predictions.jsonl`` what was answered (one row a sample, errors included),
+``scores.json``, ``table.md``, ``table.tex`` and ``report.html`` what it is worth. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from .. import __version__, parts
+from ..datasets.base import Data, open_data
+from ..datasets.predictions import append_predictions, mend, read_predictions, rows
+from ..errors import MedVLMError, ModelError, UsageError
+from ..imaging.files import writing
+from ..sample import NOTICE, Prediction, Sample
+from . import blind, page, trust
+from .base import Task
+from .statistics import DRAWS, SEED, Score, mean_score, statistic_score
+
+SLICES = ("dataset", "modality", "organ", "type", "category", "lang")
+"""What scores are told apart by, read from ``Sample.meta``; a sample may belong to several categories."""
+EXTRA = 6
+"""Tasks of this rank or higher run only when they are asked for by name: they predict every question many times."""
+
+
+class Predictor(Protocol):
+    """All that a run needs of a model."""
+
+    name: str
+
+    def predict(self, samples: Sequence[Sample]) -> list[Prediction]: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task of a run. samples: as the metric sees them; ids: theirs in predictions.jsonl, in the same order."""
+
+    name: str
+    task: Task
+    convention: str
+    samples: list[Sample]
+    ids: list[str]
+
+    def asked(self) -> list[Sample]:
+        return [replace(s, id=i) for s, i in zip(self.samples, self.ids)]
+
+    def predictions(self, file: Path) -> list[Prediction]:
+        return [replace(p, id=s.id) for p, s in zip(read_predictions(file, self.asked()), self.samples)]
+
+
+def plan(name: str, where: str | Path, split: str = "test", convention: str | None = None, limit: int | None = None) -> tuple[Data, list[Job]]:
+    """What a run predicts. name: a task, or a data set, which is scored by every task that finds something in it.
+
+    limit: only so many samples of each task, chosen by lot with ``SEED``.
+
+    Raises:
+        UsageError: BAD_ARGUMENT for an unknown convention. ModelError: NO_SUCH_DATA, NO_SAMPLES.
+    """
+    known = {n: parts.find("evaluate", n, "TASK").TASK for n in parts.names("evaluate", "TASK")}
+    try:
+        data = open_data(where, None if name in known else name)
+    except ModelError as e:
+        if name in known or e.code != "NO_SUCH_DATA":
+            raise
+        raise ModelError(f"{name!r} is neither a task ({', '.join(known)}) nor a data set here: {e.message}", e.code, e.hint) from e
+    read = _reader(data, split)
+    read(split)  # so that an empty split is said before tasks look for other things
+    wanted = [name] if name in known else [t for t in data.tasks or known if data.tasks or known[t].rank < EXTRA]
+    jobs: list[Job] = []
+    taken: dict[str, str] = {}
+    for task in sorted(wanted, key=lambda t: known[t].rank):
+        samples = known[task].prepare(read, split)
+        if not samples:
+            continue
+        if limit is not None and len(samples) > limit:
+            samples = [samples[i] for i in sorted(np.random.default_rng(SEED).permutation(len(samples))[:limit])]
+        # one answer serves every task that asks the same; where a task asks something else of it, its name tells them apart
+        ids = [s.id if taken.setdefault(s.id, f"{s.verb} {bool(s.masks)}") == f"{s.verb} {bool(s.masks)}" else f"{s.id}#{task}" for s in samples]
+        jobs.append(Job(task, known[task], _convention(known[task], task, convention, len(wanted) == 1), samples, ids))
+    if not jobs:
+        what = f"the task {name!r}" if name in known else "any task"
+        raise ModelError(f"the data hold nothing for {what} in split {split!r}", "NO_SAMPLES", "medvlm list tasks says what each needs")
+    return data, jobs
+
+
+def _reader(data: Data, scored: str) -> Callable[[str], list[Sample]]:
+    seen: dict[str, list[Sample]] = {}
+
+    def read(split: str) -> list[Sample]:
+        if split not in seen:
+            seen[split] = data.scored(split) if split == scored else data.samples(split)
+        return seen[split]
+
+    return read
+
+
+def _convention(task: Task, name: str, wanted: str | None, alone: bool) -> str:
+    first = next(iter(task.conventions))
+    if wanted is None:
+        return first
+    if wanted.split("/")[0] in task.conventions:
+        return wanted
+    if not alone:
+        return first
+    raise UsageError(f"task {name} has no convention {wanted!r}; it has {', '.join(task.conventions)}", "BAD_ARGUMENT")
+
+
+def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, split: str = "test", convention: str | None = None,
+             limit: int | None = None, words: Predictor | None = None, retry_errors: bool = False, judge: Callable | None = None,
+             quiet: bool = False, planned: tuple[Data, list[Job]] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Predict what is not yet in ``out/predictions.jsonl``, then :func:`score`.
+
+    Args:
+        words: the same model without the image, predicted and scored beside it ("no image").
+        retry_errors: ask again where the file holds an error.
+        judge: (prompts) -> texts, for open answers; its scores come beside the others.
+        planned: what :func:`plan` gave for these arguments, where it was called before.
+
+    Raises:
+        UsageError: RUN_DIFFERS when ``out`` holds another run.
+    """
+    out = Path(out)
+    data, jobs = planned or plan(name, where, split, convention, limit)
+    about = {
+        "task": name, "data": str(Path(where).resolve()), "split": split, "convention": convention, "limit": limit, "seed": SEED,
+        "fingerprint": data.fingerprint,
+        "model": {k: getattr(model, k, None) for k in ("name", "version", "sha256")},
+    }  # fmt: skip
+    _begin(out, about)
+    if hasattr(model, "learn"):
+        model.learn(data.samples("train", words=True) if split != "train" else [])
+    left_out = _predict(jobs, model, out / "predictions.jsonl", retry_errors, quiet)
+    if words is not None:
+        _predict(jobs, words, out / "predictions-no-image.jsonl", retry_errors, quiet, "no image")
+    if left_out:
+        _note(out, left_out_predictions=left_out)
+    return score(out, judge=judge, planned=(data, jobs))
+
+
+def _begin(out: Path, about: dict[str, Any]) -> None:
+    file = out / "run.json"
+    out.mkdir(parents=True, exist_ok=True)
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        keys = [k for k in about if k not in ("data", "convention") and before.get(k) != about[k]]
+        if keys:
+            said = "; ".join(f"{k}: {before.get(k)} there, {about[k]} now" for k in keys)
+            raise UsageError(f"the folder holds another run ({said})", "RUN_DIFFERS", "give a new --out")
+        about = before | about
+    elif any(out.iterdir()):
+        raise UsageError(f"the folder {out.name!r} is not empty and holds no run", "RUN_DIFFERS", "give a new --out")
+    _write(file, json.dumps({**about, "medvlm": __version__}, indent=1))
+
+
+def _note(out: Path, **more: Any) -> None:
+    file = out / "run.json"
+    _write(file, json.dumps(json.loads(file.read_text(encoding="utf-8")) | more, indent=1))
+
+
+def _write(file: Path, text: str) -> None:
+    with writing(file) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _predict(jobs: Sequence[Job], model: Predictor, file: Path, retry_errors: bool, quiet: bool, what: str = "predict") -> int:
+    """Ask for what is missing, image by image, each group safe on disk before the next. Gives how many rows of a file of
+    saved predictions belong to no sample."""
+    from tqdm import tqdm
+
+    mend(file)
+    done = rows(file) if file.is_file() else {}
+    if retry_errors and any(row.get("error") for row in done.values()):
+        kept = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip() and not json.loads(line).get("error")]
+        _write(file, "".join(f"{line}\n" for line in kept))
+        done = rows(file)
+    asked = {s.id: s for job in jobs for s in job.asked()}
+    groups: dict[tuple, list[Sample]] = {}
+    for sample in asked.values():
+        if sample.id not in done:
+            groups.setdefault((sample.verb, *map(id, sample.images.values())) if sample.images else (sample.id,), []).append(sample)
+    with tqdm(total=len(asked), initial=len(asked.keys() & done.keys()), desc=what, unit="sample", disable=quiet or None) as bar:
+        for group in groups.values():
+            append_predictions(file, ask(model, group))
+            for image in group[0].images.values():
+                image.release()
+            bar.update(len(group))
+    file.touch()
+    return len(getattr(model, "rows", {}).keys() - asked.keys())
+
+
+def ask(model: Predictor, samples: Sequence[Sample]) -> list[Prediction]:
+    """One prediction a sample, in order. What a model raises, or answers to something else, is a row with an error."""
+    began = time.perf_counter()
+    try:
+        found = list(model.predict(samples))
+        if [p.id for p in found] == [s.id for s in samples]:
+            return found
+        error = f"BAD_PREDICTIONS: {len(found)} predictions that are not those of the {len(samples)} samples, one each, in order"
+    except MedVLMError as e:
+        error = f"{e.code}: {e.message}"
+    except Exception as e:  # a foreign text may quote the patient's file
+        error = f"INTERNAL: {type(e).__name__}"
+    if len(samples) == 1:
+        return [Prediction(samples[0].id, error=error, seconds=time.perf_counter() - began)]
+    return [p for s in samples for p in ask(model, [s])]
+
+
+def score(out: str | Path, where: str | Path | None = None, convention: str | None = None, judge: Callable | None = None,
+          planned: tuple[Data, list[Job]] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Score the predictions of a run again, without its model; writes scores.json, the tables and report.html.
+
+    where: the data, if they have moved. convention: another than the run's.
+
+    Raises:
+        UsageError: NOT_A_RUN; DATA_DIFFER when the data are not those that were predicted.
+    """
+    out = Path(out)
+    about = run_of(out)
+    data, jobs = planned or plan(about["task"], where or about["data"], about["split"], convention or about["convention"], about["limit"])
+    if data.fingerprint != about["fingerprint"]:
+        raise UsageError("the data have changed since they were predicted", "DATA_DIFFER", "give --data with the data of the run, or predict again")
+    train: list[Sample] | None = None
+    results = []
+    for job in jobs:
+        predictions = job.predictions(out / "predictions.jsonl")
+        scores = told(job, predictions, judge)
+        baselines: dict[str, list[Score]] = {}
+        if job.task.blind:
+            if train is None:
+                train = data.samples("train", words=True) if about["split"] != "train" else []
+            for kind, say in blind.BASELINES.items():
+                if kind != "prior" or any(s.answer for s in train):
+                    baselines[kind] = _named(job, job.task.score(job.samples, say(job.samples, train), job.convention))
+        if (out / "predictions-no-image.jsonl").is_file():
+            baselines["no image"] = _named(job, job.task.score(job.samples, job.predictions(out / "predictions-no-image.jsonl"), job.convention))
+        results.append(page.Result(job.name, job.convention, job.task.conventions, job.samples, predictions, scores, baselines))
+    record = {
+        "run": about | {"convention": {j.name: j.convention for j in jobs}}, "draws": DRAWS, "seed": SEED,
+        "samples": {r.task: len(r.samples) for r in results}, "errors": {r.task: sum(p.error is not None for p in r.predictions) for r in results},
+        "scores": [s.to_json() for r in results for s in r.scores],
+        "baselines": {k: [s.to_json() for r in results for s in r.baselines.get(k, ())] for k in dict.fromkeys(k for r in results for k in r.baselines)},
+        "notice": NOTICE,
+    }  # fmt: skip
+    _write(out / "scores.json", json.dumps(record, indent=1, allow_nan=False))
+    _write(out / "table.md", page.markdown(results))
+    _write(out / "table.tex", page.latex(results))
+    _write(out / "report.html", page.html(record, results))
+    return record
+
+
+def run_of(out: Path) -> dict[str, Any]:
+    """What ``run.json`` of a run's folder says.
+
+    Raises:
+        UsageError: NOT_A_RUN.
+    """
+    if not (out / "run.json").is_file() or not (out / "predictions.jsonl").is_file():
+        raise UsageError(f"{out.name!r} is no run: it lacks run.json or predictions.jsonl", "NOT_A_RUN", "medvlm evaluate makes one")
+    return json.loads((out / "run.json").read_text(encoding="utf-8"))
+
+
+def told(job: Job, predictions: Sequence[Prediction], judge: Callable | None = None) -> list[Score]:
+    """The scores of a job: the task's, its trust scores where answers are right or wrong, and all of them by slices."""
+    scores = _named(job, job.task.score(job.samples, predictions, job.convention))
+    if judge is not None and job.name == "vqa":
+        from .vqa import judged
+
+        scores += _named(job, judged(job.samples, predictions, judge))
+    right = next((s for s in scores if s.slice == "all" and s.items and s.items.values is not None and set(np.unique(s.items.values)) <= {0.0, 1.0}), None)
+    if job.task.blind and right is not None:
+        by_id = {s.id: i for i, s in enumerate(job.samples)}
+        if all(i in by_id for i in right.items.ids):
+            kept = [by_id[i] for i in right.items.ids]
+            scores += _named(job, trust.scores([job.samples[i] for i in kept], [predictions[i] for i in kept], right.items.values))
+    return scores + sliced(scores, job.samples)
+
+
+def _named(job: Job, scores: Iterable[Score]) -> list[Score]:
+    return [replace(s, task=job.name) for s in scores]
+
+
+def values_of(sample: Sample, key: str) -> tuple[str, ...]:
+    """What a sample is under ``key`` of ``SLICES``."""
+    found = sample.meta.get(key)
+    if found is None and key == "organ":
+        labels = sample.meta.get("labels") or {}
+        found = labels.get("organ") or labels.get("location") if isinstance(labels, dict) else None
+    if found is None:
+        return ()
+    return tuple(dict.fromkeys(str(v).strip() for v in (found if isinstance(found, list | tuple) else [found]) if str(v).strip()))
+
+
+def sliced(scores: Sequence[Score], samples: Sequence[Sample]) -> list[Score]:
+    """The scores of the whole set again on each part of it that ``SLICES`` tells apart, where there are at least two.
+
+    A score is recomputed from its own items, so the parts never see another rule than the whole.
+    """
+    found: list[Score] = []
+    for key in SLICES:
+        where: dict[str, set[str]] = {}
+        for sample in samples:
+            for value in values_of(sample, key):
+                where.setdefault(value, set()).update(i for i in (sample.id, sample.group) if i)
+        if len(where) < 2:
+            continue
+        found += [part for value, ids in sorted(where.items()) for s in scores if s.slice == "all" and (part := restricted(s, ids, f"{key}={value}"))]
+    return found
+
+
+def restricted(score: Score, ids: set[str], name: str) -> Score | None:
+    """A score on those of its items whose id is in ``ids``; None where it has none of them."""
+    if score.items is None:
+        return None
+    kept = np.array([k for k, i in enumerate(score.items.ids) if i in ids], int)
+    if not len(kept):
+        return None
+    whole = score.items
+    groups, names = [whole.clusters[k] for k in kept], [whole.ids[k] for k in kept]
+    if whole.values is not None:
+        part = mean_score(score.name, whole.values[kept], groups, names)
+    else:
+        part = statistic_score(score.name, lambda i: whole.statistic(kept[i]), groups, names)
+    fixed = score.chance if score.chance in (0.5, 0.25) else None  # the others are means over all items
+    return replace(part, chance=fixed, unit=score.unit, convention=score.convention, task=score.task, better=score.better, slice=name)

@@ -1,0 +1,248 @@
+"""Runs: predict then score, stopped and started again, with models that fail, and two models compared."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image as Picture
+
+from medvlm import cli
+from medvlm.datasets.predictions import rows, save_predictions
+from medvlm.errors import MedVLMError
+from medvlm.evaluate import run
+from medvlm.evaluate.compare import compare
+from medvlm.evaluate.run import evaluate, plan, restricted, score
+from medvlm.predictors.file import load as saved
+from medvlm.sample import Prediction
+
+BRIGHT = 8
+"""Images of the set below; every second one is bright, and the question is about that."""
+
+
+@pytest.fixture
+def bright(tmp_path):
+    """Eight pictures with two closed questions and an open one each; half of them train, four of each modality."""
+    folder = tmp_path / "bright"
+    folder.mkdir()
+    lines = []
+    for split in ("train", "test"):
+        for i in range(BRIGHT):
+            name = f"{split}{i}"
+            Picture.fromarray(np.full((8, 8), 200 if i % 2 else 30, np.uint8)).save(folder / f"{name}.png")
+            yes, no = ("yes", "no") if i % 2 else ("no", "yes")
+            lines.append({
+                "id": name, "image": f"{name}.png", "modality": "xray" if i < 4 else "fundus", "split": split, "patient": f"{split}-p{i}",
+                "qa": [
+                    {"qid": f"{name}a", "question": "Is it bright?", "answer": yes, "type": "CLOSED"},
+                    {"qid": f"{name}b", "question": "Is it dark?", "answer": no, "type": "CLOSED"},
+                    {"qid": f"{name}c", "question": "What is it?", "answer": "bright square" if i % 2 else "dark square", "type": "OPEN"},
+                ],
+            })  # fmt: skip
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+class Looks:
+    """It looks at the picture, and counts what it was asked."""
+
+    name, version, sha256 = "looks", "1", None
+
+    def __init__(self, fails=(), stops_at=None):
+        self.asked, self.fails, self.stops_at = [], fails, stops_at
+
+    def predict(self, samples):
+        found = []
+        for s in samples:
+            if self.stops_at is not None and len(self.asked) == self.stops_at:
+                raise KeyboardInterrupt
+            self.asked.append(s.id)
+            if s.id in self.fails:
+                raise RuntimeError("Jane Doe, born 1970")
+            bright = next(iter(s.images.values())).pixels.mean() > 100
+            text = {"Is it bright?": "yes" if bright else "no", "Is it dark?": "no" if bright else "yes"}.get(s.question, "bright square" if bright else "dark square")
+            found.append(Prediction(s.id, text, 0.9))
+        return found
+
+
+class Constant:
+    name, version, sha256 = "constant", "1", None
+
+    def predict(self, samples):
+        return [Prediction(s.id, "yes", 0.6) for s in samples]
+
+
+def named(record, name, slice="all"):
+    (found,) = [s for s in record["scores"] if s["name"] == name and s["slice"] == slice]
+    return found
+
+
+def test_a_run_says_what_a_model_is_worth(bright, tmp_path):
+    record = evaluate("vqa", Looks(), bright, tmp_path / "run", quiet=True)
+    closed = named(record, "closed accuracy")
+    assert (closed["value"], closed["n"], closed["excluded"], closed["chance"], closed["task"]) == (1.0, 16, 0, 0.5, "vqa")
+    assert closed["low"] == closed["high"] == 1.0 and closed["convention"]
+    assert named(record, "open exact match")["value"] == 1.0
+    assert record["samples"] == {"vqa": 24} and record["errors"] == {"vqa": 0} and record["seed"] == 0
+    beside = {k: next(s["value"] for s in v if s["name"] == "closed accuracy") for k, v in record["baselines"].items()}
+    assert set(beside) == {"yes", "random", "prior"} and beside["yes"] == 0.5  # half of the closed answers are yes
+    assert beside["prior"] == 0.5  # a tie in train: the same answer to everybody
+    assert json.loads((tmp_path / "run" / "scores.json").read_text()) == record
+    assert "closed accuracy" in (tmp_path / "run" / "table.md").read_text() and "\\toprule" in (tmp_path / "run" / "table.tex").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "closed accuracy" in page and "http" not in page.replace("http-equiv", "")  # one file that asks for nothing
+    by = {s["slice"] for s in record["scores"]}
+    assert {"modality=xray", "modality=fundus", "type=OPEN"} <= by
+
+
+def test_what_is_wrong_is_shown_with_its_picture(bright, tmp_path):
+    evaluate("vqa", Constant(), bright, tmp_path / "run", quiet=True)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") >= 4 and "Is it bright?" in page and "reference: no" in page
+
+
+def test_a_run_that_was_stopped_goes_on(bright, tmp_path):
+    out, first = tmp_path / "run", Looks(stops_at=9)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate("vqa", first, bright, out, quiet=True)
+    kept = set(rows(out / "predictions.jsonl"))
+    assert len(kept) == 9
+    second = Looks()
+    record = evaluate("vqa", second, bright, out, quiet=True)
+    assert not kept & set(second.asked) and len(kept | set(second.asked)) == 24  # nothing twice, nothing lost
+    assert record == evaluate("vqa", Looks(), bright, tmp_path / "whole", quiet=True) | {"run": record["run"]}
+    third = Looks()
+    assert evaluate("vqa", third, bright, out, quiet=True)["scores"] == record["scores"] and not third.asked
+
+
+def test_a_line_that_was_never_finished_is_asked_again(bright, tmp_path):
+    out = tmp_path / "run"
+    whole = evaluate("vqa", Looks(), bright, out, quiet=True)
+    text = (out / "predictions.jsonl").read_text()
+    (out / "predictions.jsonl").write_text(text[:-20])
+    again = Looks()
+    assert evaluate("vqa", again, bright, out, quiet=True)["scores"] == whole["scores"] and len(again.asked) == 1
+    assert sorted((out / "predictions.jsonl").read_text().splitlines()) != [] and len(rows(out / "predictions.jsonl")) == 24
+
+
+def test_a_failure_is_a_row_and_a_zero(bright, tmp_path):
+    record = evaluate("vqa", Looks(fails=("test2a",)), bright, tmp_path / "run", quiet=True)
+    row = rows(tmp_path / "run" / "predictions.jsonl")["test2a"]
+    assert row["error"] == "INTERNAL: RuntimeError"  # never the foreign text, which may tell of the patient
+    closed = named(record, "closed accuracy")
+    assert (closed["value"], closed["n"], record["errors"]) == (15 / 16, 16, {"vqa": 1})
+    mended = evaluate("vqa", Looks(), bright, tmp_path / "run", retry_errors=True, quiet=True)
+    assert named(mended, "closed accuracy")["value"] == 1.0
+
+
+def test_answers_to_something_else_are_errors(bright, tmp_path):
+    class Confused:
+        name = "confused"
+
+        def predict(self, samples):
+            return [Prediction("x", "yes") for _ in samples]
+
+    record = evaluate("vqa", Confused(), bright, tmp_path / "run", quiet=True)
+    assert record["errors"] == {"vqa": 24} and named(record, "closed accuracy")["value"] == 0.0
+
+
+def test_saved_predictions_score_the_same(bright, tmp_path):
+    whole = evaluate("vqa", Looks(fails=("test2a",)), bright, tmp_path / "run", quiet=True)
+    again = evaluate("vqa", saved(str(tmp_path / "run")), bright, tmp_path / "saved", quiet=True)
+    assert again["scores"] == whole["scores"]
+    assert score(tmp_path / "run")["scores"] == whole["scores"]
+
+
+def test_rows_of_other_samples_are_left_out_and_counted(bright, tmp_path):
+    _, jobs = plan("vqa", bright)
+    file = save_predictions(tmp_path / "p.jsonl", [Prediction(s.id, "yes") for s in jobs[0].samples[1:]] + [Prediction("stranger", "yes")])
+    record = evaluate("vqa", saved(str(file)), bright, tmp_path / "run", quiet=True)
+    assert record["run"]["left_out_predictions"] == 1 and record["errors"] == {"vqa": 1}
+    assert named(record, "closed accuracy")["n"] == 16  # the missing one is wrong, not gone
+    with pytest.raises(MedVLMError, match="was used on line 1"):
+        file.write_text(file.read_text().splitlines()[0] + "\n" + file.read_text())
+        saved(str(file))
+
+
+def test_one_folder_holds_one_run(bright, tmp_path):
+    evaluate("vqa", Looks(), bright, tmp_path / "run", quiet=True)
+    with pytest.raises(MedVLMError, match="model: .*looks.*constant"):
+        evaluate("vqa", Constant(), bright, tmp_path / "run", quiet=True)
+    with pytest.raises(MedVLMError, match="holds no run"):
+        evaluate("vqa", Looks(), bright, bright, quiet=True)
+    manifest = bright / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace("Is it bright?", "Is it light?"))
+    with pytest.raises(MedVLMError) as wrong:
+        score(tmp_path / "run")
+    assert wrong.value.code == "DATA_DIFFER"
+
+
+def test_a_part_of_a_score_is_the_score_of_the_part(bright, tmp_path):
+    _, (job,) = plan("vqa", bright)
+    answers = Constant().predict(job.samples)
+    whole = job.task.score(job.samples, answers, job.convention)
+    mine = [i for i, s in enumerate(job.samples) if s.meta["modality"] == "fundus"]
+    direct = job.task.score([job.samples[i] for i in mine], [answers[i] for i in mine], job.convention)
+    for name in ("closed accuracy", "open token F1"):
+        a = restricted(next(s for s in whole if s.name == name), {job.samples[i].id for i in mine}, "modality=fundus")
+        b = next(s for s in direct if s.name == name)
+        assert (a.value, a.n, a.low, a.high) == (b.value, b.n, b.low, b.high)
+
+
+def test_two_runs_are_compared_pair_by_pair(bright, tmp_path):
+    evaluate("vqa", Looks(), bright, tmp_path / "a", quiet=True)
+    evaluate("vqa", Constant(), bright, tmp_path / "b", quiet=True)
+    found = compare(tmp_path / "a", tmp_path / "b")
+    (closed,) = [d for d in found["differences"] if d["name"] == "closed accuracy"]
+    assert (closed["difference"], closed["verdict"], closed["n"]) == (0.5, "win", 16) and closed["low"] == closed["high"] == 0.5  # one of two right at every patient
+    assert closed["mcnemar"] == pytest.approx(2 * 0.5**8) and closed["p"] == pytest.approx(2 / 1001) and closed["p_holm"] >= closed["p"]
+    back = compare(tmp_path / "b", tmp_path / "a")
+    assert back["losses"] == found["wins"] and [d["difference"] for d in back["differences"]] == [-d["difference"] for d in found["differences"]]
+    same = compare(tmp_path / "a", tmp_path / "a")
+    assert all(d["difference"] == 0 and d["p"] == 1.0 for d in same["differences"]) and not same["wins"] and not same["losses"]
+
+
+def test_a_few_by_lot(bright, tmp_path):
+    record = evaluate("vqa", Looks(), bright, tmp_path / "run", limit=5, quiet=True)
+    assert record["samples"] == {"vqa": 5} and [s.id for s in plan("vqa", bright, limit=5)[1][0].samples] == list(rows(tmp_path / "run" / "predictions.jsonl"))
+
+
+def test_several_data_sets_at_once(bright, tmp_path):
+    import shutil
+
+    shutil.copytree(bright, bright.parent / "other")
+    (bright.parent / "notes").mkdir()
+    data, (job,) = plan("vqa", bright.parent)
+    assert set(data.folders) == {"bright", "other"} and len({s.id for s in job.samples}) == 48 and job.samples[0].id.startswith("bright/")
+    record = evaluate("vqa", Looks(), bright.parent, tmp_path.parent / f"{tmp_path.name}-run", quiet=True)
+    assert named(record, "closed accuracy", "dataset=other")["n"] == 16
+
+
+@pytest.mark.parametrize(("name", "change", "code"), [
+    ("nothing", {}, "NO_SUCH_DATA"), ("vqa", {"split": "val"}, "NO_SAMPLES"), ("segment", {}, "NO_SAMPLES"), ("vqa", {"convention": "mine"}, "BAD_ARGUMENT"),
+])  # fmt: skip
+def test_what_cannot_be_scored_is_said_by_name(bright, name, change, code):
+    with pytest.raises(MedVLMError) as wrong:
+        plan(name, bright, **change)
+    assert wrong.value.code == code and wrong.value.hint
+
+
+def test_the_command_line_scores_a_baseline(bright, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main(["evaluate", "vqa", "--model", "blind:yes", "--data", str(bright), "--out", str(out), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert named(record, "closed accuracy")["value"] == 0.5 and named(record, "yes rate")["value"] == 1.0
+    assert cli.main(["score", str(out)]) == 0 and "| vqa | closed accuracy | all | 50.0 |" in capsys.readouterr().out
+    assert cli.main(["evaluate", "vqa", "--model", "blind:prior", "--data", str(bright), "--out", str(tmp_path / "prior"), "--json"]) == 0
+    prior = json.loads(capsys.readouterr().out)
+    assert named(prior, "closed accuracy")["value"] == next(s["value"] for s in prior["baselines"]["prior"] if s["name"] == "closed accuracy")
+    assert cli.main(["compare", str(out), str(tmp_path / "prior"), "--json"]) == 0
+    assert {d["name"] for d in json.loads(capsys.readouterr().out)["differences"]} >= {"closed accuracy"}
+    assert cli.main(["evaluate", "vqa", "--model", "blind:yes", "--data", str(bright), "--split", "val", "--out", str(out)]) == 2
+    assert "[NO_SAMPLES]" in capsys.readouterr().err
+
+
+def test_run_slices_name_what_the_sample_says():
+    from medvlm.sample import Sample
+
+    sample = Sample("x", meta={"modality": "ct", "labels": {"organ": "CHEST"}, "category": ["a", "b"]})
+    assert run.values_of(sample, "organ") == ("CHEST",) and run.values_of(sample, "category") == ("a", "b") and run.values_of(sample, "lang") == ()
