@@ -5,15 +5,18 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 import medvlm
 from medvlm.datasets import instruct, manifest
-from medvlm.evaluate.segmentation import dice
+from medvlm.evaluate.answers import normalise
+from medvlm.evaluate.segment import dice
 from medvlm.evaluate.statistics import Score, auroc_score, mean_score
-from medvlm.evaluate.vqa import CONVENTION, closed_accuracy, normalise, prior_answers
+from medvlm.evaluate.vqa import prior_answers
+from medvlm.evaluate.vqa import score as vqa_scores
 from medvlm.imaging.scan import Study
 from medvlm.sample import Prediction
 
@@ -83,8 +86,8 @@ def main():
         prior = [Prediction(s.id, a) for s, a in zip(samples, prior_answers(train, samples))]
         everyone = [Prediction(s.id, max(("yes", "no"), key=[normalise(t.answer) for t in train].count)) for s in samples]
         for who, answers in (("medvlm-tiny", predictions), ("commonest answer to the same question in train", prior), ("commonest answer in train", everyone)):
-            score = closed_accuracy(samples, answers)
-            scores.append(Score(**{**score.to_json(), "slice": f"{name} chest X-rays, {who}", "convention": CONVENTION}))
+            score = next(s for s in vqa_scores(samples, answers, "exact") if s.name == "closed accuracy")
+            scores.append(replace(score, slice=f"{name} chest X-rays, {who}"))
         failed = sum(p.error is not None for p in predictions)
         print(f"{name}: {len(samples)} closed questions, {failed} errors")
     (args.out / "scores.json").write_text(json.dumps({"scores": [s.to_json() for s in scores], "refused": refused, "per_image": per_image}, indent=1))

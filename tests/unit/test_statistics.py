@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 
 from medvlm.errors import MedVLMError
-from medvlm.evaluate.segmentation import dice
+from medvlm.evaluate.segment import dice
 from medvlm.evaluate.statistics import Score, auroc, auroc_score, fit_platt, interval, mean_score
-from medvlm.evaluate.vqa import closed_accuracy, normalise, prior_answers
-from medvlm.sample import Prediction, Sample, Turn
 
 
 def test_auroc_by_hand():
@@ -94,45 +92,6 @@ def test_dice_by_hand():
     with pytest.raises(MedVLMError) as e:
         dice(a, b[:3])
     assert e.value.code == "GRID_MISMATCH"
-
-
-def sample(id, answer, question="Is it?", row=None):
-    return Sample(id, turns=(Turn("user", question), Turn("assistant", answer)), meta={"row": row or id})
-
-
-def test_errors_and_empty_answers_are_wrong_and_counted():
-    samples = [sample(str(i), a) for i, a in enumerate(["yes", "no", "yes", "no", "no", "", "yes"])]
-    said = [Prediction("0", "Yes."), Prediction("1", "no", error="OUT_OF_SCOPE: x"), Prediction("2", ""), Prediction("3", "nothing"),
-            Prediction("4", "No"), Prediction("5", ""), Prediction("6", " . ")]  # fmt: skip
-    score = closed_accuracy(samples, said)
-    assert (score.value, score.n, score.excluded) == (2 / 7, 7, 0)
-    assert closed_accuracy(samples[:1], [Prediction("0", "yes it is")]).value == 0  # "yes" is in it, but it is not the answer
-
-
-def test_a_missing_prediction_is_not_passed_over():
-    samples = [sample(str(i), "yes") for i in range(3)]
-    said = [Prediction(str(i), "yes") for i in range(3)]
-    assert closed_accuracy(samples, said).value == 1
-    for wrong in (said[:2], [said[1], said[0], said[2]], [*said, said[0]]):
-        with pytest.raises(MedVLMError) as e:
-            closed_accuracy(samples, wrong)
-        assert e.value.code == "BAD_ARGUMENT"
-
-
-def test_questions_of_one_image_are_one_cluster():
-    samples = [sample(str(i), "yes", row=str(i % 4)) for i in range(40)]
-    said = [Prediction(str(i), "yes" if i % 3 else "no") for i in range(40)]
-    assert closed_accuracy(samples, said).low is None  # four images
-
-
-def test_answers_are_compared_as_words():
-    assert normalise("Yes,  the LEFT lung.") == "yes left lung" and normalise("X-ray") == "x ray"
-    assert normalise("A") == "a" and normalise("the") == "the" and normalise("?!") == ""
-
-
-def test_a_blind_reader_says_what_was_commonest():
-    train = [sample("a", "Yes", "Q1?"), sample("b", "no", "q1"), sample("c", "no", "Q1"), sample("d", "yes", "q2"), sample("e", "yes", "q3")]
-    assert prior_answers(train, [sample("x", "?", "Q1"), sample("y", "?", "q2?"), sample("z", "?", "new")]) == ["no", "yes", "yes"]
 
 
 def test_a_score_is_plain_json():
