@@ -3,6 +3,7 @@
 import math
 import random
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -289,15 +290,9 @@ def test_bleu_of_medevalkit_is_that_of_nltk():
         got = by_name(score([sample("x", reference)], [Prediction("x", text)], "medevalkit"))
         for n in (1, 2, 3, 4):
             words, other = (t.lower().strip().replace(".", " .").split() for t in (text, reference))
-            with pytest.warns(UserWarning) if len(words) < n else open_context():
+            with warnings.catch_warnings(action="ignore"):  # that no n-gram of some order matches
                 want = sentence_bleu([other], words, [1 / n] * n)
             assert got[f"open BLEU-{n}"].value == pytest.approx(want, abs=1e-9)
-
-
-def open_context():
-    from contextlib import nullcontext
-
-    return nullcontext()
 
 
 def test_kinds_of_question():
