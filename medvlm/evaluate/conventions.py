@@ -238,11 +238,11 @@ RULES = {
         "answer_type", single={"single-choice accuracy": _m3d}, overall=False,
     ),
 }  # fmt: skip
-"""{convention: its rule}. Source: the repositories of the same names: microsoft/LLaVA-Med v1.0.0 (llava/eval/run_eval.py
-since its pull request 35; before it, closed answers that named the wrong word left the denominator), alibaba-damo-academy/MedEvalKit (utils/utils.py; its ROUGE counts a repeated word once),
-f10409/RadHarmony for MedGemma (evaluator/metrics/vqa.py; MedGemma report, arXiv 2507.05201, table 9), corentin-ryr/MultiMedEval
-(task_families.py), Project-MONAI/VLM-Radiology-Agent-Framework, EvolvingLMMs-Lab/lmms-eval (tasks/slake/utils.py),
-BAAI-DCAI/M3D (Bench/eval/eval_vqa.py)."""
+"""{convention: its rule}. Source: the repositories of the same names: microsoft/LLaVA-Med v1.0.0 (llava/eval/run_eval.py since its pull
+request 35; before it, closed answers that named the wrong word left the denominator), alibaba-damo-academy/MedEvalKit
+(utils/utils.py; its ROUGE counts a repeated word once), f10409/RadHarmony for MedGemma (evaluator/metrics/vqa.py; MedGemma report,
+arXiv 2507.05201, table 9), corentin-ryr/MultiMedEval (task_families.py), Project-MONAI/VLM-Radiology-Agent-Framework,
+EvolvingLMMs-Lab/lmms-eval (tasks/slake/utils.py), BAAI-DCAI/M3D (Bench/eval/eval_vqa.py)."""
 
 
 def known(sample: Sample) -> bool:
