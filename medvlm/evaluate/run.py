@@ -304,7 +304,8 @@ def sliced(scores: Sequence[Score], samples: Sequence[Sample]) -> list[Score]:
     A score is recomputed from its own items, so the parts never see another rule than the whole.
     """
     found: list[Score] = []
-    for key in SLICES:
+    own = {s.slice.partition("=")[0] for s in scores}
+    for key in (k for k in SLICES if k not in own):  # a task that tells them apart itself has its own rule
         where: dict[str, set[str]] = {}
         for sample in samples:
             for value in values_of(sample, key):
