@@ -128,7 +128,8 @@ def boxed(text: str) -> str | None:
 
 
 _LABEL = re.compile(
-    r"\b(?:answer|(?:correct|right|best)\s+(?:option|choice))\b(?:\s+(?:to|for)\s+[^.:?!\n]{0,120}?)?\s*(?:(?:is|would be|should be|must be)\b\s*:?|:|=)\s*"
+    r"\b(?:answer|(?:correct|right|best)\s+(?:option|choice))\b(?:\s+(?:to|for)\s+[^.:?!\n]{0,120}?)?"
+    r"\s*(?:(?:is|would be|should be|must be)\b\s*:?|:|=)\s*"
     r"|答案\s*(?:是|为)?\s*:?\s*",
     re.I,
 )
@@ -152,7 +153,8 @@ _DOUBT = re.compile(
     r"\bnot\s+(?:\w+\s+)?(?:sure|certain)\b|\b(?:unsure|it depends|as an ai|i'?m an ai|i am an ai)\b|\bdo(?: not|n't) know\b"
     r"|\b(?:is|it's|but|remains)\s+(?:\w+\s+)?(?:unclear|uncertain)\b"
     r"|\b(?:cannot|can't|can not|could not|couldn't|unable to|not able to|not possible to|impossible to|difficult to|hard to)\s+(?:\w+\s+){0,2}?"
-    r"(?:say|tell|determined?|answer(?:ed)?|know|provide|help|assist|diagnose|interpret|give|(?:see|view|access|open|process|analy[sz]e)\s+(?:\w+\s+)?"
+    r"(?:say|tell|determined?|answer(?:ed)?|know|provide|help|assist|diagnose|interpret|give"
+    r"|(?:see|view|access|open|process|analy[sz]e)\s+(?:\w+\s+)?"
     r"(?:image|picture|scan|photo)s?)\b|\bno\s+image\b[^.\n]{0,20}\b(?:provided|attached|given|available|shown|uploaded)\b",
     re.I,
 )
@@ -184,9 +186,17 @@ def yes_no(text: str) -> str | None:
     return None
 
 
-_LETTER = re.compile(r"[\s(\[]*(?:(?:option|choice)\s+)?[(\[]?([A-Za-z])[)\]]?(?:\s*[.):,]\s*|\s*\n|\s*$|\s+[-–—]\s+|\s+(?=(?:is|because|since)\b))", re.I)
+_LETTER = re.compile(
+    r"[\s(\[]*(?:(?:option|choice)\s+)?[(\[]?([A-Za-z])[)\]]?"
+    r"(?:\s*[.):,]\s*|\s*\n|\s*$|\s+[-–—]\s+|\s+(?=(?:is|because|since)\b))",
+    re.I,
+)
 _ITEM = re.compile(r"(?:^|[\n,;]|\band\b)\s*(?:and\s+)?[(\[]?([A-Za-z])(?:[)\]][.:]?|[.:])(?:\s+|$)", re.I)
-_LIST = re.compile(r"(?:(?:options?|choices?)\s+)?[(\[]?[A-Za-z][)\]]?(?:(?:\s*[,;/&+]\s*(?:and\s+)?|\s+and\s+|\s+)[(\[]?[A-Za-z][)\]]?)*\s*\.?", re.I)
+_LIST = re.compile(
+    r"(?:(?:options?|choices?)\s+)?[(\[]?[A-Za-z][)\]]?"
+    r"(?:(?:\s*[,;/&+]\s*(?:and\s+)?|\s+and\s+|\s+)[(\[]?[A-Za-z][)\]]?)*\s*\.?",
+    re.I,
+)
 
 
 def _plain(choices: Sequence[str]) -> list[str]:

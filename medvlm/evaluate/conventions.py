@@ -230,7 +230,8 @@ RULES = {
         "answer_type", closed={"closed accuracy": partial(_same, str.lower)}, open={"open exact match": partial(_same, str.lower)},
     ),
     "lmms-eval": Rule(
-        "lmms-eval's SLAKE: equality in lower case without punctuation and what stands in parentheses, words for yes and no in English and Chinese as one",
+        "lmms-eval's SLAKE: equality in lower case without punctuation and what stands in parentheses, words for yes and no"
+        " in English and Chinese as one",
         "answer_type", closed={"closed accuracy": partial(_same, slake_normalise)}, open={"open exact match": partial(_same, slake_normalise)},
     ),
     "m3d": Rule(
@@ -254,8 +255,8 @@ def rule_of(convention: str) -> tuple[Rule, str, str]:
     """(rule, split, what every score says of both)."""
     name, _, split = convention.partition("/")
     if name not in RULES or split not in ("", *SPLITS):
-        raise UsageError(f"there is no convention {convention!r} for vqa: it is one of {', '.join(RULES)}, alone or with {' or '.join('/' + s for s in SPLITS)}",
-                         "BAD_ARGUMENT")  # fmt: skip
+        there = f"{', '.join(RULES)}, alone or with {' or '.join('/' + s for s in SPLITS)}"
+        raise UsageError(f"there is no convention {convention!r} for vqa: it is one of {there}", "BAD_ARGUMENT")
     rule = RULES[name]
     split = split or rule.split
     return rule, split, f"{name}/{split}: {rule.says}. {SPLITS[split]}"

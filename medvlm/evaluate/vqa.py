@@ -65,7 +65,7 @@ def score(samples: Sequence[Sample], predictions: Sequence[Prediction], conventi
         add("overall accuracy", everything, _accuracies(rule, groups, said, samples), chance_of([s for s in samples if known(s)]))
     kinds = [kind(s) for s in samples]
     yes = [i for i, k in enumerate(kinds) if k == "yes/no"]
-    add("yes rate", yes, [float(yes_no(said[i]) == "yes") for i in yes], None, "share of yes/no questions answered yes, by the strict parser", "neither")
+    add("yes rate", yes, [float(yes_no(said[i]) == "yes") for i in yes], None, "yes/no questions answered yes, by the strict parser", "neither")
     readers = {"yes/no": lambda text, s: yes_no(text), "single": lambda text, s: pick_choice(text, options(s)),
                "multiple": lambda text, s: pick_choices(text, options(s))}  # fmt: skip
     asked = [i for i, k in enumerate(kinds) if k in readers]

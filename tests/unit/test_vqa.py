@@ -1,130 +1,16 @@
-"""What answers say, and the scores of every convention, worked by hand."""
+"""Scores of every convention, worked by hand."""
 
 import math
 import random
-import time
 import warnings
 from dataclasses import replace
 
 import pytest
 
 from medvlm.errors import MedVLMError
-from medvlm.evaluate.answers import (
-    normalise,
-    pick_choice,
-    pick_choices,
-    probmed_match,
-    said,
-    slake_normalise,
-    vqa_normalise,
-    yes_no,
-)
 from medvlm.evaluate.conventions import RULES, kind
 from medvlm.evaluate.vqa import JUDGE, JUDGE_VERSION, TASK, judged, prepare, prior_answers, score
 from medvlm.sample import Mask, Prediction, Sample, Turn
-
-ANSWERS = [  # (answer, what a careful person reads in it)
-    # plain
-    ("Yes", "yes"), ("no", "no"), ("NO.", "no"), ("yes!", "yes"), ("  Yes \n", "yes"), ("Nope", "no"), ("(no)", "no"),
-    # more is said after the word
-    ("Yes. No effusion.", "yes"), ("Yes, no effusion is seen.", "yes"), ("yes, it does", "yes"), ("Yes there is", "yes"), ("no, there is not", "no"),
-    ("no, absent", "no"), ("no it is not", "no"), ("No - the lungs are clear", "no"), ("No (95%)", "no"), ("yes\n\nThere is no nodule on the left.", "yes"),
-    ("Yes, there is probably a small effusion", "yes"), ("No, there is no effusion.", "no"),
-    # a "no" that belongs to a noun, or to another word, is no answer
-    ("There is no effusion", None), ("No effusion", None), ("No evidence of pneumothorax.", None), ("Nodule", None), ("Nodule is present", None),
-    ("Normal", None), ("Normal chest.", None), ("None", None), ("Noted", None), ("eyes", None), ("Non-contrast CT", None), ("no-contrast CT", None),
-    ("No. 2 rib", None), ("", None), (" . ", None),
-    # hedges, both, refusals
-    ("Not sure", None), ("Maybe yes", None), ("Yes, probably", None), ("Yes?", None), ("It is unclear. Yes or No", None), ("Yes/No", None), ("Yes, no", None),
-    ("Please answer yes or no", None), ("If yes, see below", None), ("The answer is probably yes", None), ("The answer is not yes", None),
-    ("No, I am not sure.", None), ("Yes, but I don’t know why", None), ("I cannot say yes", None), ("As an AI, no.", None), ("I don't know", None),
-    ("I'm sorry, but I cannot answer that.", None), ("No, I cannot see the image.", None), ("No. No image was provided.", None),
-    ("Yes. The answer is no.", None),
-    # where the answer stands elsewhere
-    ("The answer is yes.", "yes"), ("Answer: Yes, the heart is enlarged", "yes"), ("The answer to the question is no.", "no"), ("A: yes", "yes"),
-    ("Final answer: **No**", "no"), ("Is there an effusion? No, there is none.", "no"), ("Q: Is it? A: No", "no"), ("The heart is large.\nYes", "yes"),
-    ("The heart is large.\nYes there", None), ("I would say yes.", "yes"),
-    # wrappings
-    ("**Yes**", "yes"), ('"No"', "no"), ("`yes`", "yes"), ("<b>yes</b></s>", "yes"), ("\\boxed{Yes}", "yes"), ("<answer>no</answer>", "no"),
-    ("<think>No, wait, is it yes?</think>\nNo.", "no"), ("<think>yes, yes, it", None), ("Yes.</think>No", "no"),
-    # Chinese
-    ("是", "yes"), ("否。", "no"), ("是的，图中包含肝脏。", "yes"), ("不是", "no"), ("没有", "no"), ("答案：否", "no"), ("是否", None), ("是/否", None), ("可能是", None),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("answer", "means"), ANSWERS)
-def test_yes_and_no_are_read_strictly(answer, means):
-    assert yes_no(answer) == means
-
-
-CHOICES = ("left lung", "right lung", "heart", "none of these")
-
-
-@pytest.mark.parametrize(
-    ("answer", "index"),
-    [
-        ("B", 1), ("b", 1), ("(B)", 1), ("B.", 1), ("Answer: B", 1), ("B) right lung", 1), ("**D.**", 3), ("Option C is correct", 2), ("\\boxed{D}", 3),
-        ("The correct option is (C).", 2), ("C. A mass is seen there", 2), ("<think>A or B</think>C", 2),
-        ("Heart", 2), ("the heart.", 2), ("The answer is right lung.", 1), ("Left lung, because it is dark", 0), ("None of these", 3),
-        ("A, B", None), ("A or B", None), ("A. and B.", None), ("left lung, right lung", None), ("left lung; heart", None), ("left or right lung", None), ("B) heart", None), ("A. heart", None), ("E", None), ("", None),
-        ("A lung", None), ("I think it is the heart", None), ("both", None),
-    ],
-)  # fmt: skip
-def test_one_choice_is_read_strictly(answer, index):
-    assert pick_choice(answer, CHOICES) == index
-
-
-def test_choices_of_other_kinds():
-    assert pick_choice("X-ray", ["CT", "MR", "X-ray"]) == 2 and pick_choice("C-spine", ["CT", "MR", "C-spine", "rib"]) == 2
-    assert pick_choice("Yes, it is", ["yes", "no", "maybe"]) == 0 and pick_choice("Maybe", ["yes", "no", "maybe"]) == 2
-    assert pick_choice("B", ["A: heart", "B: lung"]) == 1 and pick_choice("lung", ["A: heart", "B: lung"]) == 1
-    assert pick_choice("B: lung", ["A: heart", "B: lung"]) == 1 and pick_choice("A: lung", ["A: heart", "B: lung"]) is None
-    assert pick_choice("lung", ["lung", "Lung."]) is None  # which of the two?
-
-
-@pytest.mark.parametrize(
-    ("answer", "chosen"),
-    [
-        ("A, C", {0, 2}), ("A and C", {0, 2}), ("AC", {0, 2}), ("a;c", {0, 2}), ("(A), (C)", {0, 2}), ("Answer: A, B and D.", {0, 1, 3}), ("B", {1}),
-        ("Options A and B", {0, 1}), ("A. left lung\nC. heart", {0, 2}), ("A) left lung, C) heart", {0, 2}), ("A. and C.", {0, 2}),
-        ("left lung; heart", {0, 2}), ("left lung and heart", {0, 2}), ("none of these", {3}),
-        ("A, F", None), ("A. heart", None), ("A. left lung and C", None), ("lung", None), ("none", None), ("", None),
-    ],
-)  # fmt: skip
-def test_several_choices_are_read_strictly(answer, chosen):
-    assert pick_choices(answer, CHOICES) == (None if chosen is None else frozenset(chosen))
-
-
-def test_probmed_takes_a_capital_word_anywhere():
-    """The published rule differs from a reader on these: right for "no" where nobody said so, wrong where somebody did."""
-    for text in ("Nodule is present", "Normal chest", "Not sure", "None", "Yes. No effusion.", "It is unclear. Yes or No"):
-        assert probmed_match(text, "no") and yes_no(text) != "no"
-    for text in ("no, absent", "no, there is not", "NO, it is clear"):
-        assert not probmed_match(text, "no") and yes_no(text) == "no"
-    assert not probmed_match("yes, it does", "yes") and yes_no("yes, it does") == "yes"
-    assert probmed_match("It is unclear. Yes or No", "yes")  # right for both
-    assert probmed_match(" no. ", "no") and probmed_match("YES", "yes") and not probmed_match("", "yes") and not probmed_match("", "no")
-
-
-def test_normal_forms():
-    assert normalise("Yes,  the LEFT lung.") == "yes left lung" and normalise("X-ray") == "x ray"
-    assert normalise("A") == "a" and normalise("the") == "the" and normalise("?!") == "" and normalise("肺，左侧。") == "肺 左侧"
-    assert vqa_normalise("The X-ray") == "x ray"  # a mark between letters becomes a space
-    assert vqa_normalise("mass - large") == "mass large" and vqa_normalise("ct-scan - large") == "ctscan large"  # beside a space anywhere: it goes everywhere
-    assert vqa_normalise("1,000/2") == "10002"  # a comma between digits: every mark goes
-    assert vqa_normalise("1.5 cm.") == "1.5 cm" and vqa_normalise("None") == "0" and vqa_normalise("ten\nribs") == "10 ribs"
-    assert vqa_normalise("It isnt, couldntve") == "it isn't couldntve" and vqa_normalise("couldn'tve") == "couldn't've"
-    assert slake_normalise("X-ray (chest)") == slake_normalise("xray") == "xray" and slake_normalise("CT（胸部）。") == "ct"
-    assert slake_normalise("是的") == slake_normalise("Yes!") == "yes" and slake_normalise("不包含") == "no" and slake_normalise("(a [b") == "a b"
-    assert said("<think>x</think> **Left** lung</s>") == "Left lung" and said("\\boxed{\\text{B}}") == "\\text{B}"
-
-
-def test_long_answers_take_linear_time():
-    began = time.process_time()
-    for text in ("<think>" * 20000, "(" * 100000, "\n" * 100000 + "x", "no " * 30000, "answer " * 20000, "A, " * 30000 + "9", "cannot " * 20000):
-        for read in (yes_no, normalise, vqa_normalise, slake_normalise, lambda t: pick_choice(t, CHOICES), lambda t: pick_choices(t, CHOICES)):
-            read(text)
-    assert time.process_time() - began < 20  # a quadratic step would take many minutes
 
 
 def sample(id, answer, question="Is it?", type=None, choices=None, row=None):
@@ -163,7 +49,8 @@ WORKED = {
     # of 5: effusion on left / pleural effusion: P 1/3, R 1/2, F1 2/5; of 6: 0. F1 (1 + 2/3 + 2/5 + 0) / 4. overall: 1, 3, 7, 8 of 9
     "medvlm": {
         "closed accuracy": 1 / 3, "single-choice accuracy": 1, "multiple-choice accuracy": 1, "open exact match": 1 / 4,
-        "open token F1": (1 + 2 / 3 + 2 / 5) / 4, "open token recall": (1 + 1 + 1 / 2) / 4, "overall accuracy": 4 / 9, "yes rate": 1 / 3, "unparsed": 2 / 5,
+        "open token F1": (1 + 2 / 3 + 2 / 5) / 4, "open token recall": (1 + 1 + 1 / 2) / 4, "overall accuracy": 4 / 9, "yes rate": 1 / 3,
+        "unparsed": 2 / 5,
     },
     # closed: 1, 2, 3, 9 of which 1 and 3; open: 4, 5, 6
     "medvlm/answer_type": {
@@ -226,11 +113,13 @@ def test_a_convention_worked_by_hand(convention):
 def test_denominators_and_chance():
     got = by_name(score(SAMPLES, SAID))
     assert {n: (s.n, s.excluded) for n, s in got.items()} == {
-        "closed accuracy": (3, 0), "single-choice accuracy": (1, 0), "multiple-choice accuracy": (1, 0), "open exact match": (4, 1), "open token F1": (4, 1),
+        "closed accuracy": (3, 0), "single-choice accuracy": (1, 0), "multiple-choice accuracy": (1, 0), "open exact match": (4, 1),
+        "open token F1": (4, 1),
         "open token recall": (4, 1), "overall accuracy": (9, 1), "yes rate": (3, 0), "unparsed": (5, 0),
     }  # fmt: skip
     chances = {n: s.chance for n, s in got.items() if s.chance is not None}
-    assert chances == pytest.approx({"closed accuracy": 1 / 2, "single-choice accuracy": 1 / 3, "multiple-choice accuracy": 1 / 7})  # 7 sets of 3 that are not empty
+    # three choices make seven sets that are not empty
+    assert chances == pytest.approx({"closed accuracy": 1 / 2, "single-choice accuracy": 1 / 3, "multiple-choice accuracy": 1 / 7})
     assert by_name(score(SAMPLES, SAID, "medvlm/answer_type"))["closed accuracy"].chance is None  # nobody says what "PA" could have been
     closed = [s for s in SAMPLES if s.id in "129"] + [replace(SAMPLES[6], id="x")]
     assert by_name(score(closed, [Prediction(s.id, "") for s in closed]))["overall accuracy"].chance == pytest.approx((3 / 2 + 1 / 3) / 4)
@@ -261,7 +150,8 @@ def test_constant_answers_land_where_they_must():
     samples = [sample(str(i), "yes" if i % 4 == 0 else "no") for i in range(40)]  # a quarter is yes
     for convention in set(RULES) - {"m3d"}:
         got = by_name(score(samples, [Prediction(s.id, "yes") for s in samples], convention))
-        assert got["closed accuracy"].value == 0.25 and got["closed accuracy"].chance == 0.5 and got["yes rate"].value == 1 and got["unparsed"].value == 0
+        assert got["closed accuracy"].value == 0.25 and got["closed accuracy"].chance == 0.5
+        assert got["yes rate"].value == 1 and got["unparsed"].value == 0
         assert got["closed accuracy"].low < 0.25 < got["closed accuracy"].high
 
 
@@ -270,7 +160,7 @@ def test_rules_that_their_authors_are_known_for():
         only = [sample("x", reference, type="CLOSED", choices=choices)]
         return score(only, [Prediction("x", text)], convention)[0].value
 
-    assert right("multimedeval", "no", "it is not") == 1 and right("multimedeval", "yes", "it is not") == 0  # 1 of {no, not} is 0.5, and 0.4 is enough
+    assert right("multimedeval", "no", "it is not") == 1 and right("multimedeval", "yes", "it is not") == 0  # 1 of {no, not} is enough
     assert right("llava-med", "yes", "yes and no") == right("llava-med", "no", "yes and no") == 1 and right("llava-med", "PA", "PA") == 0
     assert right("medevalkit", "yes", "yes and no") == right("medevalkit", "no", "yes and no") == 0 and right("medevalkit", "no", "not seen") == 1
     assert right("medevalkit/answer_type", "PA", "pa.") == 1 and right("medevalkit", "PA", "Answer: PA") == 0  # a space stays after the label
@@ -278,14 +168,18 @@ def test_rules_that_their_authors_are_known_for():
     assert right("medgemma", "no", "The answer is no, not yes") == 1 and right("medgemma", "no", "nothing") == 0
     assert right("lmms-eval", "是的", "yes") == 1 and right("lmms-eval", "CT", "ct (chest)") == 1 and right("lmms-eval", "yes", "Yes, it is") == 0
     assert right("vila-m3", "Yes", "yes") == 1 and right("vila-m3", "yes", "yes.") == 0
-    assert right("m3d", "MR", "Vitamin B. is", ("CT", "MR")) == 1 and right("m3d", "MR", "MR", ("CT", "MR")) == 0 and right("m3d", "B", "b.", ("CT", "MR")) == 0
+    assert right("m3d", "MR", "Vitamin B. is", ("CT", "MR")) == 1
+    assert right("m3d", "MR", "MR", ("CT", "MR")) == right("m3d", "B", "b.", ("CT", "MR")) == 0
     assert right("medvlm", "是", "Yes, it is.") == 1 and right("medvlm", "不包含", "没有") == 1 and right("medvlm", "yes", "It is unclear. Yes or No") == 0
 
 
 def test_bleu_of_medevalkit_is_that_of_nltk():
     from nltk.translate.bleu_score import sentence_bleu
 
-    pairs = [("A large mass in the left upper lobe.", "mass in the left upper lobe"), ("left", "left lung base here"), ("right lung is clear .", "the right lung is clear.")]
+    pairs = [
+        ("A large mass in the left upper lobe.", "mass in the left upper lobe"), ("left", "left lung base here"),
+        ("right lung is clear .", "the right lung is clear."),
+    ]  # fmt: skip
     for text, reference in pairs:
         got = by_name(score([sample("x", reference)], [Prediction("x", text)], "medevalkit"))
         for n in (1, 2, 3, 4):
@@ -297,7 +191,8 @@ def test_bleu_of_medevalkit_is_that_of_nltk():
 
 def test_kinds_of_question():
     assert kind(sample("a", "Yes")) == kind(sample("a", "no", choices=("yes", "no"))) == kind(sample("a", "是")) == "yes/no"
-    assert kind(sample("a", "CT", choices=("CT", "MR"))) == kind(sample("a", "B", choices=("CT", "MR"))) == kind(sample("a", "B", type="SINGLE")) == "single"
+    assert kind(sample("a", "CT", choices=("CT", "MR"))) == kind(sample("a", "B", choices=("CT", "MR"))) == "single"
+    assert kind(sample("a", "B", type="SINGLE")) == "single"
     assert kind(sample("a", "CT; MR", choices=("CT", "MR"))) == kind(sample("a", "B", type="multiple", choices=("CT", "MR"))) == "multiple"
     assert kind(sample("a", "maybe", choices=("yes", "no", "maybe"))) == "single"
     assert kind(sample("a", "PA", type="CLOSED")) == kind(sample("a", "no effusion")) == kind(sample("a", None)) == "open"
@@ -309,7 +204,8 @@ def test_kinds_of_question():
 def test_what_is_asked():
     samples = [
         *SAMPLES, sample("none", None), sample("empty", " "), replace(sample("mute", "yes"), turns=(Turn("assistant", "a report"),)),
-        replace(sample("drawn", "here"), masks=(Mask("i", "lung", None),)), replace(sample("said", "here"), masks=(Mask("i", "lung", None),), verb="ask"),
+        replace(sample("drawn", "here"), masks=(Mask("i", "lung", None),)),
+        replace(sample("said", "here"), masks=(Mask("i", "lung", None),), verb="ask"),
         replace(sample("classified", "x"), verb="classify"), replace(sample("probe", "yes"), group="pair"),
     ]  # fmt: skip
     assert [s.id for s in prepare(lambda split: samples if split == "test" else [], "test")] == [*map(str, range(1, 10)), "said", "probe"]
@@ -322,7 +218,8 @@ def test_bad_input_is_named():
             score(SAMPLES, wrong)
         assert e.value.code == "BAD_ARGUMENT"
     for samples, said_ in (
-        ([SAMPLES[0]] * 2, [SAID[0]] * 2), (SAMPLES[:1], [Prediction("1", None)]), (SAMPLES[:1], [Prediction("1", ["yes"])]), ([sample("1", 3)], [Prediction("1", "3")]),
+        ([SAMPLES[0]] * 2, [SAID[0]] * 2), (SAMPLES[:1], [Prediction("1", None)]), (SAMPLES[:1], [Prediction("1", ["yes"])]),
+        ([sample("1", 3)], [Prediction("1", "3")]),
     ):  # fmt: skip
         with pytest.raises(MedVLMError) as e:
             score(samples, said_)
@@ -373,14 +270,16 @@ def test_a_judge_is_asked_about_open_answers_only():
 
 def test_a_verdict_stands_alone_on_the_last_line():
     open_one = [sample("x", "left lung")]
-    for reply, value in (("1", 1), (" 1 \n\n", 1), ("0\n1", 1), ("1\n0", 0), ("1.", 0), ("10", 0), ("**1**", 0), ("yes", 0), ("", 0), ("1\nbecause", 0)):
+    right, wrong = ("1", " 1 \n\n", "0\n1"), ("1\n0", "1.", "10", "**1**", "yes", "", "1\nbecause")
+    for reply, value in [*((r, 1) for r in right), *((r, 0) for r in wrong)]:
         got = by_name(judged(open_one, [Prediction("x", "lung")], lambda prompts, reply=reply: [reply]))
         assert got["judged open accuracy"].value == value, reply
         assert got["judge unparsed"].value == float(reply.strip()[-1:] not in ("0", "1") or reply == "10"), reply
 
 
 def test_a_blind_reader_says_what_was_commonest():
-    train = [sample("a", "Yes", "Q1?"), sample("b", "no", "q1"), sample("c", "no", "Q1"), sample("d", "yes", "q2"), sample("e", "yes", "q3"), sample("f", None, "q1")]
+    said = [("Yes", "Q1?"), ("no", "q1"), ("no", "Q1"), ("yes", "q2"), ("yes", "q3"), (None, "q1")]
+    train = [sample(str(i), answer, question) for i, (answer, question) in enumerate(said)]
     assert prior_answers(train, [sample("x", "?", "Q1"), sample("y", "?", "q2?"), sample("z", "?", "new")]) == ["no", "yes", "yes"]
     assert prior_answers([sample("a", "X-ray", "q"), sample("b", "x ray", "q"), sample("c", "X-ray", "q")], [sample("x", "?", "q")]) == ["X-ray"]
     assert prior_answers([], [sample("x", "?")]) == [""]
