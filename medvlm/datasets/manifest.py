@@ -65,7 +65,7 @@ def row_samples(row: dict[str, Any]) -> Iterator[Sample]:
     whole = Sample(
         id=row["id"], patient=row.get("patient"), images=images, regions=tuple(_regions(row, first)),
         labels={k: math.nan if v is None else float(v) for k, v in (row.get("findings") or {}).items()},
-        meta={k: v for k, v in row.items() if k not in KNOWN - {"split", "modality"} and not k.startswith("_")},
+        meta={k: v for k, v in row.items() if k not in KNOWN - {"split", "modality"} and not k.startswith("_")} | {"row": row["id"]},
     )  # fmt: skip
     from dataclasses import replace
 
