@@ -15,7 +15,7 @@ from monai.networks.nets import UNet
 from torchvision import tv_tensors
 
 from medvlm.datasets import manifest
-from medvlm.evaluate.segmentation import dice
+from medvlm.evaluate.segment import dice
 from medvlm.preprocess import InputSpec, to_tensor
 from medvlm.train.data import augmentation
 

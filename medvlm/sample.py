@@ -223,10 +223,14 @@ class Segmentation:
 
 def box_of(mask: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Half-open index box around the true voxels, None when there are none."""
-    if not mask.any():
+    rows = np.flatnonzero(mask.any(axis=tuple(range(1, mask.ndim))))
+    if not len(rows):
         return None
-    sides = [np.flatnonzero(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis))) for axis in range(mask.ndim)]
-    return tuple(int(s[0]) for s in sides), tuple(int(s[-1]) + 1 for s in sides)
+    first, last = int(rows[0]), int(rows[-1]) + 1
+    if mask.ndim == 1:
+        return (first,), (last,)
+    lower, upper = box_of(mask[first:last].any(axis=0))
+    return (first, *lower), (last, *upper)
 
 
 def rounded(value: float | None, digits: int = 4) -> float | None:

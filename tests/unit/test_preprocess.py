@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from medvlm import preprocess
 from medvlm.encoders.base import Features
 from medvlm.errors import MedVLMError
-from medvlm.evaluate.segmentation import dice
+from medvlm.evaluate.segment import dice
 from medvlm.heads import mask
 from medvlm.imaging import window
 from medvlm.imaging.scan import Image, Volume
