@@ -200,24 +200,29 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
 
     Source: Hanley & McNeil 1982, Radiology 143:29 (equals the Mann-Whitney statistic).
     """
-    from scipy.stats import rankdata
-
     labels = np.asarray(labels).astype(bool)
-    positive, negative = int(labels.sum()), int((~labels).sum())
-    if not positive or not negative:
+    if labels.all() or not labels.any():
         return float("nan")
-    ranks = rankdata(scores)
-    return float((ranks[labels].sum() - positive * (positive + 1) / 2) / (positive * negative))
+    at = np.unique(np.asarray(scores, float), return_inverse=True)[1]
+    positive, negative = np.bincount(at[labels], minlength=at.max() + 1), np.bincount(at[~labels], minlength=at.max() + 1)
+    return float((positive * (negative.cumsum() - negative / 2)).sum() / (positive.sum() * negative.sum()))
+
+
+def surest_wrong(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The scores, where there is none (NaN) -inf for a positive and inf for any other: a failure on a negative must not pass for
+    a low score.
+    """
+    return np.where(np.isnan(scores), np.where(labels == 1, -np.inf, np.inf), scores)
 
 
 def auroc_score(name: str, scores: Sequence[float], labels: Sequence[float], clusters: Sequence[Hashable], ids: Sequence[str] | None = None,
                 **about: Any) -> Score:  # fmt: skip
-    """AUROC over the items whose label is known (0 or 1) with its interval; chance is 0.5. A score that is NaN (no answer)
-    ranks below all others, so that a failure cannot help.
+    """AUROC over the items whose label is known (0 or 1) with its interval; chance is 0.5. No answer (NaN) is
+    :func:`surest_wrong`, so that a failure cannot help.
     """
     known = [i for i, v in enumerate(labels) if np.isfinite(v)]
     s, y = np.array([scores[i] for i in known], float), np.array([labels[i] for i in known])
-    s = np.where(np.isfinite(s), s, -np.inf)
+    s = surest_wrong(s, y)
     names = [str(i) if ids is None else ids[i] for i in known]
     about = {"chance": 0.5, "excluded": len(labels) - len(known)} | about
     return statistic_score(name, lambda i: auroc(s[i], y[i]), [clusters[i] for i in known], names, **about)

@@ -63,7 +63,8 @@ def test_unknown_values_are_left_out_and_counted():
     assert nothing.n == 0 and nothing.excluded == 3 and math.isnan(nothing.value)
     assert json.loads(json.dumps(nothing.to_json(), allow_nan=False))["value"] is None
     score = auroc_score("x", [0.1, 0.9, float("nan"), 0.5], [0, 1, 1, float("nan")], "abcd")
-    assert (score.value, score.n, score.excluded, score.chance, score.low) == (0.0, 3, 1, 0.5, None)  # no answer ranks last
+    assert (score.value, score.n, score.excluded, score.chance, score.low) == (0.5, 3, 1, 0.5, None)  # .9 above .1, no answer below it
+    assert auroc_score("x", [float("nan"), 0.9, 0.8], [0, 1, 1], "abc").value == 0  # no answer on a negative is no low score
 
 
 def test_calibration_moves_towards_the_truth():
