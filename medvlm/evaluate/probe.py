@@ -40,16 +40,17 @@ class _Asked:
     adversarial: bool
 
 
-_PARTS: dict[str, Callable[[_Asked], str]] = {
-    "category": lambda a: a.category,
-    "image_type": lambda a: str(a.sample.meta.get("image_type") or ""),
-    "balanced": lambda a: {True: "yes", False: "no"}.get(a.sample.meta.get("balanced"), ""),
-}
-
-
 def prepare(read: Callable[[str], list[Sample]], split: str) -> list[Sample]:
-    """The samples of a split that are probes: yes/no questions in a group or marked as probes, and confusing pairs."""
-    return [s for s in read(split) if confusing(s) or (gold(s) and (s.group or s.meta.get("probe") or s.meta.get("probe_category")))]
+    """The samples of a split that are probes: yes/no questions in a group or marked as probes, and confusing pairs.
+
+    Where there are none, probes are made from what the data say of their images (:func:`medvlm.datasets.pairs.build`).
+    """
+    found = [s for s in read(split) if confusing(s) or (gold(s) and (s.group or s.meta.get("probe") or s.meta.get("probe_category")))]
+    if found:
+        return found
+    from ..datasets.pairs import build  # it stands on this file, and on the labeller
+
+    return build(read(split))
 
 
 def score(samples: Sequence[Sample], predictions: Sequence[Prediction], convention: str) -> list[Score]:
@@ -65,9 +66,14 @@ def score(samples: Sequence[Sample], predictions: Sequence[Prediction], conventi
         return published(samples, predictions)
     asked = [_asked(s, p) for s, p in zip(samples, predictions) if not confusing(s)]
     scores = _scores(asked, "all") if asked else []
-    for key, of in _PARTS.items():
-        for value in sorted({of(a) for a in asked} - {""}):
-            scores += _scores([a for a in asked if of(a) == value], f"{key}={value}")
+    parts: dict[str, list[_Asked]] = {}
+    for a in asked:
+        balanced = {True: "yes", False: "no"}.get(a.sample.meta.get("balanced"))
+        for key, value in (("category", a.category), ("image_type", a.sample.meta.get("image_type")), ("balanced", balanced)):
+            if value:
+                parts.setdefault(f"{key}={value}", []).append(a)
+    for part in sorted(parts):
+        scores += _scores(parts[part], part)
     return scores + _confusion([(s, p) for s, p in zip(samples, predictions) if confusing(s)])
 
 
@@ -114,7 +120,8 @@ def _asked(sample: Sample, prediction: Prediction) -> _Asked:
 
 
 def _image(sample: Sample) -> str:
-    return str(sample.meta.get("row") or " ".join(sample.images) or sample.id)
+    row = str(sample.meta.get("row") or " ".join(sample.images) or sample.id)
+    return f"{sample.meta['dataset']}/{row}" if sample.meta.get("dataset") else row
 
 
 def _scores(asked: Sequence[_Asked], part: str) -> list[Score]:

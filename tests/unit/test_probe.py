@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+import medvlm
 from medvlm.errors import ModelError
 from medvlm.evaluate import blind, consistency, probe, probmed
 from medvlm.evaluate.consistency import negated, reordered, rephrased
@@ -70,6 +71,11 @@ def test_missing_twins_and_two_yes_say_nothing_of_pairs_but_their_questions_coun
     assert s["pair accuracy"].note.startswith("3 groups are not one question to answer yes and one no")
 
 
+def test_images_of_two_data_sets_may_share_a_name():
+    samples = [ask(f"{d}{a}", a, d, "image1", dataset=d, probe_category="organ") for d in ("one", "two") for a in ("yes", "no")]
+    assert by_name(probe.score(samples, say(samples, ["yes", "no", "no", "no"]), "medvlm"))["image accuracy"].value == 0.5
+
+
 def test_balanced_and_other_probes_are_scored_apart():
     samples = [ask(f"{g}{a}", a, g, g, balanced=g != "g2") for g in ("g1", "g2", "g3") for a in ("yes", "no")]
     scores = probe.score(samples, say(samples, ["yes", "yes", "yes", "no", "yes", "no"]), "medvlm")
@@ -116,6 +122,19 @@ def test_prepare_takes_pairs_marked_singles_and_confusing_pairs_only():
     samples = six() + others
     assert [s.id for s in probe.prepare(lambda split: samples, "test")] == [*"123456789", "marked", "half"]
     assert probe.prepare(lambda split: [], "test") == []
+
+
+def test_without_probes_they_are_made_from_the_data():
+    def shown(name, modality):
+        image = medvlm.read(np.full((4, 4), 7, np.uint8), modality=modality).image()
+        return Sample(name, images={image.id: image}, meta={"row": name, "modality": modality})
+
+    samples = [shown(f"{m}{i}", m) for m in ("xray", "ct") for i in range(4)]
+    made = probe.prepare(lambda split: samples, "test")
+    modality = [s for s in made if probe.category(s) == "modality"]
+    assert len(modality) == 16 and all(s.meta["balanced"] for s in modality)  # one of the two kinds against the other, on each image
+    scores = probe.score(made, [Prediction(s.id, s.answer) for s in made], "medvlm")  # unique ids, whole pairs
+    assert by_name(scores, "balanced=yes")["pair accuracy"].value == 1 and by_name(scores)["pair accuracy"].excluded == 0
 
 
 def test_confusing_pairs_by_hand():
