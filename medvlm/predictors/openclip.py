@@ -12,19 +12,16 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..evaluate.zeroshot import PROMPTS, prompts_of
 from ..imaging import window
 from ..imaging.scan import Image, Study, Volume
 from ..sample import Prediction, Sample
 from .base import Model, digest, pick, place, words_of
 
-TEMPLATES = {"pathology": ("a histopathology slide showing {}", "histopathology image of {}")}
-"""{modality: prompts of a class}, averaged. Source: LAION-AI/CLIP_benchmark, templates of PatchCamelyon."""
-TEMPLATE = ("this is a photo of {}",)
-"""For every other modality. Source: BiomedCLIP's model card (Zhang et al. 2023, arXiv:2303.00915)."""
-PAIR = ("{}", "no {}")
-"""For one label alone: present or absent. Source: CheXzero, Tiu et al. 2022, doi:10.1038/s41551-022-00936-9 (its zero_shot.py)."""
 TOKENIZER_ARGUMENTS = {"clean", "strip_sep_token", "language", "reduction_mask", "additional_special_tokens"}
 """What a folder may ask of its tokenizer; open_clip hands the rest to transformers, "trust_remote_code" among it."""
+KEPT = 64
+"""Sets of labels and prompts whose embeddings are kept."""
 
 
 def load(rest: str, device: str | None = None) -> OpenClipModel:
@@ -74,26 +71,46 @@ class OpenClipModel(Model):
         self.name, self.sha256 = name, sha256
         self.device, self.bias = clip.logit_scale.device, getattr(clip, "logit_bias", None)
         self._seen: tuple[Image, Tensor] | None = None
-        self._classes: tuple | None = None
+        self._classes: dict[tuple, Tensor] = {}
 
-    def classify(self, study, labels, image=None) -> dict[str, float]:
-        """{label: probability}, by the prompts of ``TEMPLATES``; not calibrated.
+    def classify(self, study, labels, image=None, prompts: str | None = None) -> dict[str, float]:
+        """{label: probability}; not calibrated.
 
-        Labels of a CLIP model compete (softmax, they add up to 1); a SigLIP model judges each alone (sigmoid). One label
-        given alone to a CLIP model competes with "no LABEL".
+        Labels of a CLIP model compete (softmax, they add up to 1); a SigLIP model judges each alone (sigmoid). With prompts of
+        absence, as for one label given alone to a CLIP model, each label competes with its absence.
+
+        prompts: a name in ``PROMPTS``; None for what :func:`prompts_of` says of the picture's modality.
 
         Raises:
-            ModelError: OUT_OF_SCOPE for a volume; QUESTION_TOO_LONG for a label that the text tower would cut.
+            ModelError: OUT_OF_SCOPE for a volume; QUESTION_TOO_LONG for a label that the text tower would cut; BAD_ARGUMENT for
+                unknown prompts, and for one label alone that has nothing to compete with.
         """
         labels = [labels] if isinstance(labels, str) else list(labels)
         if not labels:
             raise ModelError("no label was given", "BAD_ARGUMENT", 'give one or more, e.g. "pneumonia"')
         picture = self._picture(study, image)
-        if self.bias is not None:
-            return dict(zip(labels, self._logits(picture, labels).sigmoid().tolist()))
-        if len(labels) == 1:
-            return {labels[0]: self._logits(picture, [p.format(labels[0]) for p in PAIR], ("{}",)).softmax(0).tolist()[0]}
-        return dict(zip(labels, self._logits(picture, labels).softmax(0).tolist()))
+        alone = self.bias is None and len(labels) == 1
+        if prompts is not None and prompts not in PROMPTS:
+            raise ModelError(f"there are no prompts {str(prompts)[:60]!r}", "BAD_ARGUMENT", f"use {', '.join(PROMPTS)}")
+        present, absent = PROMPTS[prompts or prompts_of(picture.modality, alone)]
+        if alone and not absent:
+            raise ModelError(f"the prompts {prompts!r} let labels compete, and there is one label only", "BAD_ARGUMENT",
+                             f"give more labels, or use {', '.join(n for n, (_, no) in PROMPTS.items() if no)}")  # fmt: skip
+        logits = self._logits(picture, labels, present)
+        if absent:
+            chances = (logits - self._logits(picture, labels, absent)).sigmoid()
+        else:
+            chances = logits.softmax(0) if self.bias is None else logits.sigmoid()
+        return dict(zip(labels, chances.tolist()))
+
+    def _do(self, verb: str, sample: Sample) -> Prediction:
+        """As every model; a sample may name its prompts in ``meta["prompts"]``."""
+        if verb != "classify":
+            return super()._do(verb, sample)
+        study = Study(sample.id, sample.patient, tuple(sample.images.values()))
+        chances = self.classify(study, list(sample.choices or ()), prompts=sample.meta.get("prompts"))
+        best = max(chances, key=chances.__getitem__)
+        return Prediction(sample.id, best, chances[best], chances)
 
     @torch.no_grad()
     def embed(self, study_or_text, image=None) -> np.ndarray:
@@ -123,11 +140,13 @@ class OpenClipModel(Model):
         """(len(labels),) scaled cosines of the picture to each label's mean prompt."""
         import open_clip
 
-        templates = templates or TEMPLATES.get(picture.modality, TEMPLATE)
+        templates = templates or PROMPTS[prompts_of(picture.modality, False)][0]
         key = tuple(labels), tuple(templates)
-        if self._classes is None or self._classes[0] != key:
-            self._classes = key, open_clip.build_zero_shot_classifier(self.clip, self._tokens, labels, templates, device=self.device)
-        logits = self.clip.logit_scale.exp() * self._look(picture) @ self._classes[1]
+        if key not in self._classes:
+            if len(self._classes) >= KEPT:
+                del self._classes[next(iter(self._classes))]
+            self._classes[key] = open_clip.build_zero_shot_classifier(self.clip, self._tokens, labels, templates, device=self.device)
+        logits = self.clip.logit_scale.exp() * self._look(picture) @ self._classes[key]
         return (logits if self.bias is None else logits + self.bias)[0].float().cpu()
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import BertConfig, PreTrainedTokenizerFast
 
 from medvlm.errors import MedVLMError
+from medvlm.evaluate.zeroshot import PROMPTS
 from medvlm.imaging.scan import Study, Volume
 from medvlm.predictors import load, openclip
 from medvlm.sample import Sample, Turn
@@ -111,6 +112,27 @@ def test_prompts_of_a_slide_are_averaged(model, folder):
     expected = (clip.logit_scale.exp() * mean @ seen).softmax(0).detach()
     assert gap(list(chances.values()), expected, "two prompts a class") < 1e-6
     assert chances != model.classify(tiny.picture(), LABELS)
+
+
+def test_a_published_prompt_set_is_used_by_name(model, folder, tmp_path):
+    """An ensemble of contrast pairs: each side's mean embedding, present against absent, label by label."""
+    image, (present, absent) = tiny.picture(), PROMPTS["biovil"]
+    clip, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    expected = []
+    for label in LABELS:
+        seen, said, _ = theirs(folder, image, [p.format(label) for p in (*present, *absent)])
+        sides = [torch.nn.functional.normalize(part.mean(0), dim=0) for part in (said[: len(present)], said[len(present) :])]
+        expected.append((clip.logit_scale.exp() * torch.stack(sides) @ seen).softmax(0)[0].item())
+    ours = model.classify(image, LABELS, prompts="biovil")
+    assert gap(list(ours.values()), expected, "contrast pairs") < 1e-6 and abs(sum(ours.values()) - 1) > 1e-3
+    asked = Sample("a", images={image.id: image}, choices=tuple(LABELS), verb="classify", meta={"prompts": "biovil"})
+    (told,) = model.predict([asked])
+    assert told.choices == ours and told.text == max(ours, key=ours.get) and told.probability == max(ours.values())
+    assert model.predict([Sample("b", images={image.id: image}, choices=tuple(LABELS), verb="classify")])[0].choices == model.classify(image, LABELS)
+    siglip = load(f"openclip:{saved(tmp_path / 'siglip', SIGLIP)}", "cpu")
+    assert sum(siglip.classify(image, LABELS, prompts="conch").values()) != pytest.approx(1)
+    assert model.predict([Sample("c", images={image.id: image}, choices=("a", "b"), verb="classify", meta={"prompts": "none"})])[0].error.startswith("BAD_ARGUMENT")
+    assert refused(lambda: model.classify(image, "pneumonia", prompts="conch")).code == "BAD_ARGUMENT"
 
 
 def test_siglip_judges_each_label_alone(tmp_path):
