@@ -126,7 +126,7 @@ def _scores(kind: str, groups: Sequence[Sequence[tuple[Sample, Prediction]]], sa
         if len(sizes) == 1 and (size := sizes.pop()):
             guess.append(size ** (1.0 - len(members)))
             guess_right.append(float(size) ** -len(members))
-    names, where = [members[0][0].id for members in groups], [cluster(members[0][0]) for members in groups]
+    names, where = ["|".join(s.id for s, _ in members) for members in groups], [cluster(members[0][0]) for members in groups]
     told = f"medvlm: {CONVENTIONS['medvlm']}"
     chances = [sum(g) / len(g) if len(g) == len(groups) else None for g in (guess, guess_right)]
     return [
