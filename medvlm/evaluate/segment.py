@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import GeometryError, UsageError
 from ..sample import Mask, Prediction, Sample
 from .base import Task, check_pairs, cluster
-from .statistics import Score, auroc, mean_score, statistic_score
+from .statistics import Score, auroc, mean_score, statistic_score, surest_wrong
 from .surfaces import surfaces
 
 TOLERANCE = 1.0
@@ -57,7 +57,7 @@ CONVENTIONS = {
     "monai": "voxel surfaces; reference empty: Dice, IoU and distances excluded (ignore_empty), NSD 0 unless both are; missed: 0, distances excluded",
 }
 """{name: what it means}. Sources: MetricsReloaded and nnU-Net v2 ``compute_metrics``; the BraTS leaderboards; monai.metrics 1.6."""
-PIECE = 1 << 17
+PIECE = 1 << 16
 """Voxels of a label map that are counted at a time."""
 FAILED = "an error, a missing mask or one of another grid is a miss (0; distances of a miss, or the diagonal), also where the target is absent"
 OVER_LABELS = "mean over labels of the mean over cases"
@@ -253,9 +253,8 @@ def presence(found: Sequence[Case]) -> list[Score]:
     rated = [c for c in found if c.label in usable]
     if not any(c.chance is not None for c in rated):
         return scores
-    # no probability where one is due ranks on the wrong side of all others
-    chance = np.array([c.chance if c.chance is not None and math.isfinite(c.chance) else -WORST if c.present else WORST for c in rated])
     truth, labels = np.array([c.present for c in rated]), np.array([c.label for c in rated])
+    chance = surest_wrong(np.array([NAN if c.chance is None else c.chance for c in rated], float), truth)
 
     def mean_auroc(i: np.ndarray) -> float:
         each = [auroc(chance[i][labels[i] == label], truth[i][labels[i] == label]) for label in sorted(usable)]

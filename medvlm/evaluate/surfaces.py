@@ -90,7 +90,7 @@ def surfaces(predicted: np.ndarray, reference: np.ndarray, spacing: Sequence[flo
     if a.shape != b.shape:
         raise GeometryError(f"the predicted mask is {a.shape} but the reference is {b.shape}", "GRID_MISMATCH")
     step = np.ones(a.ndim) if spacing is None else np.asarray(spacing, float)
-    if a.ndim not in (2, 3) or step.shape != (a.ndim,) or not (step > 0).all() or kind not in KINDS:
+    if a.ndim not in (2, 3) or step.shape != (a.ndim,) or not ((step > 0) & np.isfinite(step)).all() or kind not in KINDS:
         raise UsageError(f"no {kind!r} surfaces of masks {a.shape} with spacing {spacing}: give (H, W) or (D, H, W), a spacing > 0 an axis "
                          f"and one of {', '.join(KINDS)}", "BAD_ARGUMENT")  # fmt: skip
     boxes = [box for box in (box_of(a), box_of(b)) if box]

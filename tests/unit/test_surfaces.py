@@ -10,6 +10,7 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter
 from medvlm.errors import MedVLMError
 from medvlm.evaluate import surfaces as module
 from medvlm.evaluate.surfaces import KINDS, surfaces
+from medvlm.sample import box_of
 
 
 def points(shape, *places):
@@ -84,6 +85,15 @@ def test_surface_elements_by_hand():
     assert np.isclose(sizes, 1).sum() == 2 * 29 * 29 + 4 * 29
 
 
+def test_the_box_around_a_mask():
+    assert box_of(points((5, 6, 7), (1, 2, 3), (3, 2, 0))) == ((1, 2, 0), (4, 3, 4)) and box_of(np.zeros((3, 4), bool)) is None
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        mask = rng.random(rng.integers(1, 9, rng.integers(1, 4))) < 0.05
+        found = np.argwhere(mask)
+        assert box_of(mask) == ((tuple(found.min(0)), tuple(found.max(0) + 1)) if len(found) else None)
+
+
 def test_empty_masks():
     some, none = points((4, 4), (1, 1)), np.zeros((4, 4), bool)
     for kind in KINDS:
@@ -154,7 +164,7 @@ def test_swapped_mirrored_scaled(kind):
 
 def test_what_is_no_pair_of_masks_is_refused():
     mask = np.ones((3, 4), bool)
-    for wrong, code in (((mask, mask.T), "GRID_MISMATCH"), ((mask, mask, (1, 0)), "BAD_ARGUMENT"), ((mask, mask, (1, 1, 1)), "BAD_ARGUMENT"),
+    for wrong, code in (((mask, mask.T), "GRID_MISMATCH"), ((mask, mask, (1, 0)), "BAD_ARGUMENT"), ((mask, mask, (1, 1, 1)), "BAD_ARGUMENT"), ((mask, mask, (1, math.inf)), "BAD_ARGUMENT"),
                         ((mask, mask, None, "mesh"), "BAD_ARGUMENT"), ((mask[0], mask[0]), "BAD_ARGUMENT")):  # fmt: skip
         with pytest.raises(MedVLMError) as e:
             surfaces(*wrong)
