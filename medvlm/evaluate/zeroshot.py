@@ -217,12 +217,12 @@ def chances_of(samples: Sequence[Sample], predictions: Sequence[Prediction], nam
 
 def ranked(samples: Sequence[Sample], truth: np.ndarray, given: np.ndarray, names: Sequence[str]) -> list[Score]:
     """AUROC and AUPRC: the mean over labels, and each by itself. truth, given: (N, labels)."""
-    walks = [steps(column, known) for column, known in zip(surest_wrong(given, truth).T, truth.T)]
-    each = {
-        "AUROC": ([lambda i, f=f: area(*f(i)) for f in walks], "chance that a positive ranks above a negative, ties half"),
-        "AUPRC": ([lambda i, f=f: _precision(*f(i)) for f in walks], "average precision, not interpolated"),
-    }
-    return [s for name, (measures, how) in each.items() for s in _over_labels(name, samples, truth, names, measures, (1, 0), how)]
+    sure = surest_wrong(given, truth)
+    walks = [(steps(column, known), bool(np.isneginf(column).any())) for column, known in zip(sure.T, truth.T)]
+    areas = [lambda i, f=f: area(*f(i)) for f, _ in walks]
+    precisions = [lambda i, f=f, lost=lost: precision(*f(i), lost) for f, lost in walks]
+    found = _over_labels("AUROC", samples, truth, names, areas, (1, 0), "chance that a positive ranks above a negative, ties half")
+    return found + _over_labels("AUPRC", samples, truth, names, precisions, (1, 0), "average precision, not interpolated; what failed is never found")
 
 
 def _over_labels(name: str, samples: Sequence[Sample], truth: np.ndarray, names: Sequence[str], each: Sequence[Callable[[np.ndarray], float]],
@@ -234,7 +234,7 @@ def _over_labels(name: str, samples: Sequence[Sample], truth: np.ndarray, names:
     guess = {"AUROC": lambda j: 0.5, "AUPRC": lambda j: float(np.mean(share[j]))}.get(name, lambda j: None)
     what = "both classes" if len(needs) == 2 else "a positive"
     rows = np.flatnonzero(known[:, usable].any(1))
-    about = f"mean over the {len(usable)} of {len(names)} labels with {what}; {how}; {WRONG}"
+    about = f"mean over the {len(usable)} of {len(names)} labels with {what}, in a draw over those that still have; {how}; {WRONG}"
 
     def mean(i: np.ndarray) -> float:
         values = [v for j in usable if math.isfinite(v := each[j](rows[i]))]
@@ -265,11 +265,14 @@ def area(positive: np.ndarray, negative: np.ndarray) -> float:
     return float((positive * (negative.sum() - negative.cumsum() + negative / 2)).sum() / pairs) if pairs else math.nan
 
 
-def _precision(positive: np.ndarray, negative: np.ndarray) -> float:
+def precision(positive: np.ndarray, negative: np.ndarray, lost: bool = False) -> float:
+    """Average precision from what :func:`steps` gives; NaN without both classes. lost: the last step are positives without an
+    answer, which are never found."""
     if not positive.sum() or not negative.sum():
         return math.nan
     so_far = positive.cumsum()
-    return float((positive * so_far / np.maximum(1, so_far + negative.cumsum())).sum() / positive.sum())
+    gained = positive * so_far / np.maximum(1, so_far + negative.cumsum())
+    return float(gained[: len(gained) - lost].sum() / positive.sum())
 
 
 def average_precision(sure: Sequence[float], truth: Sequence[float]) -> float:
@@ -277,7 +280,7 @@ def average_precision(sure: Sequence[float], truth: Sequence[float]) -> float:
 
     Source: as scikit-learn's average_precision_score (Zhu 2004; not interpolated).
     """
-    return _precision(*steps(np.asarray(sure, float), np.asarray(truth, float))(np.arange(len(sure))))
+    return precision(*steps(np.asarray(sure, float), np.asarray(truth, float))(np.arange(len(sure))))
 
 
 def _f1(said: np.ndarray, truth: np.ndarray) -> Callable[[np.ndarray], float]:

@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os.path import isfile
 from pathlib import Path
 from typing import Any
@@ -102,13 +102,28 @@ class Model:
             regions = tuple(self.ground(study, sample.question))
             return Prediction(sample.id, "", max((r.probability or 0.0 for r in regions), default=0.0), regions=regions)
         if verb == "classify":
-            chances = self.classify(study, list(sample.choices or ()))
+            chances = self._judged(study, list(sample.choices or ()))
             best = max(chances, key=lambda k: chances[k], default="")
             return Prediction(sample.id, best, chances.get(best), chances)
         if verb == "embed":
             seen = {"image": self.embed(study)} if sample.images else {}
             return Prediction(sample.id, vectors=seen | ({"text": self.embed(sample.answer)} if sample.answer else {}))
         raise ModelError(f"sample {sample.id} asks to {verb!r}; a model can {', '.join(VERBS)}", "BAD_ARGUMENT")
+
+    def _judged(self, study: Study, labels: list[str]) -> dict[str, float]:
+        """:meth:`classify`, without the labels that the model has not learned: they are scored as wrong, the others are not lost."""
+        try:
+            return self.classify(study, labels)
+        except ModelError as error:
+            if error.code != "UNKNOWN_TARGET":
+                raise
+            chances: dict[str, float] = {}
+            for label in labels:
+                with suppress(ModelError):
+                    chances |= self.classify(study, [label])
+            if not chances:
+                raise
+            return chances
 
     def _answer(self, sample: Sample) -> Prediction:
         answer = self.ask(Study(sample.id, sample.patient, tuple(sample.images.values())), sample.question)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import tiny
 
-from medvlm.errors import MedVLMError
+from medvlm.errors import MedVLMError, ModelError
 from medvlm.evaluate import linear_probe, retrieve, zeroshot
 from medvlm.evaluate.statistics import auroc
+from medvlm.predictors.base import Model
 from medvlm.sample import Prediction, Sample, Turn
 
 NAN = float("nan")
@@ -134,9 +135,24 @@ def test_a_failure_is_the_surest_wrong_answer():
         less = value([None if i == lost else p for i, p in enumerate(good)])
         assert less["macro AUROC"] == 0.5 and less["macro F1"] < 1 and less["macro AUPRC"] < 1 and less["Brier over labels"] > 0.25
     nothing = value([None] * 4)
-    assert nothing["macro AUROC"] == 0 == nothing["macro F1"] and nothing["Brier over labels"] == 1 == nothing["class-wise ECE"]
+    assert nothing["macro AUROC"] == 0 == nothing["macro AUPRC"] == nothing["macro F1"] and nothing["Brier over labels"] == 1 == nothing["class-wise ECE"]
     part = [Prediction(str(i), choices={"other": 1.0, "a": NAN}) for i in range(4)]  # an answer to something else
     assert by_name(zeroshot.score(findings(truth, "a"), part))["macro AUROC"].value == 0
+
+
+def test_a_label_the_model_has_not_learned_loses_only_itself():
+    class Knows(Model):
+        def classify(self, study, labels, image=None):
+            if unknown := [n for n in labels if n != "a"]:
+                raise ModelError(f"has not learned {unknown[0]}", "UNKNOWN_TARGET")
+            return {"a": 0.8}
+
+    asked = findings([(1, 0), (0, 1)])
+    said = Knows().predict(asked)
+    assert [dict(p.choices) for p in said] == [{"a": 0.8}] * 2 and not any(p.error for p in said)
+    scores = zeroshot.score(asked, said)
+    assert by_name(scores, "label=a")["AUROC"].value == 0.5 and by_name(scores, "label=b")["AUROC"].value == 0
+    assert Knows().predict(findings([(1,)], "b"))[0].error.startswith("UNKNOWN_TARGET")
 
 
 def test_labels_of_one_class_have_no_auroc():
