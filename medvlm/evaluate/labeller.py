@@ -14,11 +14,16 @@ from functools import lru_cache
 
 from . import labeller_phrases as phrases
 
-FINDINGS = (phrases.NO_FINDING, phrases.ENLARGED, phrases.CARDIOMEGALY, phrases.OPACITY, phrases.LESION, phrases.EDEMA, phrases.CONSOLIDATION, phrases.PNEUMONIA,
-            phrases.ATELECTASIS, phrases.PNEUMOTHORAX, phrases.EFFUSION, phrases.PLEURAL, phrases.FRACTURE, phrases.DEVICES)  # fmt: skip
+FINDINGS = (phrases.NO_FINDING, phrases.ENLARGED, phrases.CARDIOMEGALY, phrases.OPACITY, phrases.LESION, phrases.EDEMA, phrases.CONSOLIDATION,
+            phrases.PNEUMONIA, phrases.ATELECTASIS, phrases.PNEUMOTHORAX, phrases.EFFUSION, phrases.PLEURAL, phrases.FRACTURE,
+            phrases.DEVICES)  # fmt: skip
 """In CheXpert's order."""
 FIVE = (phrases.CARDIOMEGALY, phrases.EDEMA, phrases.CONSOLIDATION, phrases.ATELECTASIS, phrases.EFFUSION)
 """Those of "F1-5". Source: Irvin et al. 2019, section 5 (the competition tasks)."""
+
+PASSED_OVER = {"indication", "indications", "history", "clinical history", "clinical information", "reason for exam", "reason for study",
+                "reason for examination", "comparison", "comparisons", "technique", "procedure", "examination", "exam"}  # fmt: skip
+"""Sections that say what was asked or done, not what is seen."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
     """(start, end) of every sentence of what the report says itself: history, comparison and technique are passed over."""
     out = []
     for name, start, end in _sections(text):
-        if name not in _PASSED_OVER:
+        if name not in PASSED_OVER:
             marks = [start, *(m.end() for m in _SENTENCE_END.finditer(text, start, end)), end]
             out += [(a, b) for a, b in zip(marks, marks[1:]) if text[a:b].strip()]
     return out
@@ -198,7 +203,8 @@ def _side(text: str, found: list[re.Match], i: int, scopes: _Scopes, rules: _Rul
     """The side named before a mention since the last one, else after it and before the next one's own words."""
     a, b = found[i].span()
     start = max(max(h for h in scopes.hard if h <= a), found[i - 1].end() if i else 0)
-    end = min(min(h for h in scopes.hard if h >= b), found[i + 1].start() if i + 1 < len(found) else len(text))
+    stops = [h for h in scopes.hard if h >= b and not text.startswith(("is ", "are "), h)]  # "is seen on the left" goes on
+    end = min(min(stops), found[i + 1].start() if i + 1 < len(found) else len(text))
     if i and (cut := _NEXT_PART.search(text, start, a)):
         start = cut.start()
     cut = _NEXT_PART.search(text, b, end) if i + 1 < len(found) else None
@@ -220,7 +226,8 @@ class _Rules:
                 self.groups[key] = (names if isinstance(names, tuple) else (names,), organ)
                 parts.append(f"(?P<{key}>{_spaced('|'.join(patterns))})")
         self.mention = _words("|".join(parts))
-        self.state = _words(f"(?P<borderline>{_spaced(phrases.BORDERLINE_STATE)})|(?P<normal>{_spaced(phrases.NORMAL_STATE)})|(?P<large>{phrases.LARGE_STATE})")
+        states = {"borderline": phrases.BORDERLINE_STATE, "normal": phrases.NORMAL_STATE, "large": phrases.LARGE_STATE}
+        self.state = _words("|".join(f"(?P<{k}>{_spaced(v)})" for k, v in states.items()))
         self.all_normal = _words(_spaced(phrases.ALL_NORMAL))
         self.side = _words(f"(?P<right>{_spaced(phrases.RIGHT)})|(?P<left>{phrases.LEFT})|(?P<both>{phrases.BOTH})")
         self.strong, self.no_negation, self.unsaid = map(_words, (phrases.DOUBT_STRONG, phrases.NOT_NEGATION, phrases.UNSAID))
@@ -246,16 +253,18 @@ def _words(patterns: str) -> re.Pattern:
 Span = tuple[int, int]
 _LOWER = {**{i: i + 32 for i in range(65, 91)}, 9: 32, 10: 32, 13: 32}  # keeps every position, as str.lower does not
 _HEADING = re.compile(
-    r"\b(findings?|impressions?|conclusions?|indications?|(?:clinical )?history|clinical information|reason for (?:exam|study|examination)|comparisons?|"
-    r"technique|procedure|examination|exam|recommendations?)\s*:", re.IGNORECASE)  # fmt: skip
-_PASSED_OVER = {"indication", "indications", "history", "clinical history", "clinical information", "reason for exam", "reason for study",
-                "reason for examination", "comparison", "comparisons", "technique", "procedure", "examination", "exam"}  # fmt: skip
+    r"\b(findings?|impressions?|conclusions?|indications?|(?:clinical )?history|clinical information|"
+    r"reason for (?:exam|study|examination)|comparisons?|technique|procedure|examination|exam|recommendations?)\s*:", re.IGNORECASE)  # fmt: skip
 _SENTENCE_END = re.compile(r"(?<!\bvs)(?<!\bdr)(?<!\bapprox)[.!?](?=\s|$|[A-Z])|;|\n(?=\s*(?:[A-Z]|\d+[.)]|[-*•]))")
 _OR = re.compile(r"\b(?:or|nor|versus|vs)\b|/")
 _LIST = re.compile(r"\b(?:or|nor)\b|, and ")
 _JOINED = re.compile(r",? ?(?:and|or|/) ?(?:the )?(?:(?!stable|unchanged)\w+ )?")
 _STATES = {"normal": 0, "borderline": -1, "large": 1}
-_BEFORE_ORGAN = re.compile(r"(?: (?:of|the|in|size|sized|overall|stable|appearing|appearance|for|transverse|configuration|superior|upper|xxxx|contour|shape|caliber)){0,5} ")
-_OTHER_SUBJECT = re.compile(r"\b(?:with|aort\w*|hil\w+|vascul\w*|vessels?|lungs?|pulmonary|marking\w*|interstit\w*|arter\w+|knob|fat|azygos|thyroid)\b|,")
+_BEFORE_ORGAN = re.compile(
+    r"(?: (?:of|the|in|size|sized|overall|stable|appearing|appearance|for|transverse|configuration|superior|upper|xxxx|contour|shape)){0,5} "
+)
+_OTHER_SUBJECT = re.compile(
+    r"\b(?:with|aort\w*|hil\w+|vascul\w*|vessels?|lungs?|pulmonary|marking\w*|interstit\w*|arter\w+|knob|fat|azygos|thyroid)\b|,"
+)
 _NEXT_PART = re.compile(r",| and | with | as well as ")
 _MIDLINE = {phrases.CARDIOMEGALY, phrases.ENLARGED}

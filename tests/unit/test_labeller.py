@@ -1,7 +1,6 @@
 """The rule labeller on sentences written for it, on whole reports, and against codes of real reports."""
 
 import json
-import time
 
 import pytest
 
@@ -119,6 +118,7 @@ def test_sentences(text, expected):
         ("Opacity within the lingula.", {O: "left"}),
         ("Atelectasis at the right base, pneumothorax on the left.", {A: "right", PX: "left"}),
         ("Left-sided pneumothorax.", {PX: "left"}),
+        ("A nodule is seen in the right upper lobe.", {L: "right"}),
         ("Right and left lower lobe opacities.", {O: "both"}),
         ("No left effusion.", {PE: "left"}),
         ("Cardiomegaly with right effusion.", {C: None, PE: "right"}),
@@ -158,7 +158,8 @@ def test_no_finding():
 def test_only_what_the_report_says_itself_is_read():
     text = "INDICATION: Rule out pneumonia.\nCOMPARISON: Effusion in May.\nFINDINGS: Clear lungs.\nIMPRESSION: No effusion."
     assert {f: v for f, v in label(text).items() if v is not None} == {"No Finding": 1, O: 0, PE: 0}
-    assert sections(text) == {"indication": "Rule out pneumonia.", "comparison": "Effusion in May.", "findings": "Clear lungs.", "impression": "No effusion."}
+    assert sections(text) == {
+        "indication": "Rule out pneumonia.", "comparison": "Effusion in May.", "findings": "Clear lungs.", "impression": "No effusion."}  # fmt: skip
     assert sections("Clear lungs. Conclusion: Normal.") == {"": "Clear lungs.", "impression": "Normal."}
     assert sections("Findings: a. Impression: b. Findings: c.") == {"findings": "a. c.", "impression": "b."}
 
@@ -180,12 +181,10 @@ def test_real_reports(data):
     """Codes of the held-out reports: what the reader coded is found, and most of what is found was coded."""
     lines = [json.loads(line) for line in (data / "report_iu" / "manifest.jsonl").open(encoding="utf-8")]
     held = [r for r in lines if r["split"] == "val"]
-    started = time.perf_counter()
     labels = [label(r["text"]) for r in held]
-    print(f"{len(held) / (time.perf_counter() - started):.0f} reports/s")
-    for head, finding, precision, recall in (
-        ("Cardiomegaly", C, 0.8, 0.9), ("Pleural Effusion", PE, 0.7, 0.9), ("Pulmonary Atelectasis", A, 0.7, 0.9), ("normal", "No Finding", 0.8, 0.9)):  # fmt: skip
+    wanted = [("Cardiomegaly", C, 0.8), ("Pleural Effusion", PE, 0.7), ("Pulmonary Atelectasis", A, 0.7), ("normal", "No Finding", 0.8)]
+    for head, finding, precision in wanted:
         coded = [any(c.split("/")[0] == head for c in r["labels"]["mesh_major"]) for r in held]
         said = [x[finding] in (1, -1) for x in labels]
         both = sum(a and b for a, b in zip(coded, said))
-        assert sum(coded) >= 10 and both / sum(coded) >= recall and both / sum(said) >= precision, finding
+        assert sum(coded) >= 10 and both / sum(coded) >= 0.9 and both / sum(said) >= precision, finding
