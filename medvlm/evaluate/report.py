@@ -134,7 +134,7 @@ def _clinical(kept: list[_Pair], convention: str, mean: Callable, pooled: Callab
 
 def _form(pairs: list[_Pair], mean: Callable, means: str) -> list[Score]:
     words = lambda p: len(lexical.tokens(p.said)) / len(lexical.tokens(p.truth))  # noqa: E731
-    ratio = mean("length ratio", words, "words of a report per word of its reference", better="neither")
+    ratio = mean("length ratio", words, "words of a report per word of its reference", better="neither", unit="times")
     says = f"share of the reference's findings and impression that the report has under such headings; excluded: a reference without; {means}"
     return [ratio, mean_of("section coverage", [p.sample for p in pairs], [_coverage(p) for p in pairs], convention=says)]
 
