@@ -376,7 +376,11 @@ def _judge(model):
     """(prompts) -> texts: what a model answers to each; "" where it fails."""
     from .sample import Sample, Turn
 
-    return lambda prompts: [p.text for p in model.predict([Sample(str(i), turns=(Turn("user", text),)) for i, text in enumerate(prompts)])]
+    def say(prompts):
+        return [p.text for p in model.predict([Sample(str(i), turns=(Turn("user", text),)) for i, text in enumerate(prompts)])]
+
+    say.name = model.name
+    return say
 
 
 def _scored(record: dict[str, Any], args: argparse.Namespace) -> int:

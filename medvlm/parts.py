@@ -30,6 +30,15 @@ def find(folder: str, name: str, attribute: str = "build"):
     known = names(folder, attribute)
     if not re.fullmatch(r"[A-Za-z]\w*", name) or name not in known:
         raise ModelError(f"there is no {folder[:-1]} {name!r}; there are: {', '.join(known) or 'none'}", "NO_SUCH_PART")
+    return _module(folder, name)
+
+
+def every(folder: str, attribute: str) -> dict:
+    """{name: what its module calls ``attribute``} of all the parts in a folder."""
+    return {name: getattr(_module(folder, name), attribute) for name in names(folder, attribute)}
+
+
+def _module(folder: str, name: str):
     for entry in entry_points(group=f"medvlm.{folder}"):
         if entry.name == name:
             return entry.load()

@@ -102,7 +102,7 @@ def open_data(where: str | Path, name: str | None = None) -> Data:
     where = Path(where)
     if not where.exists():
         raise ModelError(f"there is no data at {where.name!r}", "NO_SUCH_DATA", "give --data with a manifest.jsonl, a data set's folder, or a folder of them")
-    adapters = {n: parts.find("datasets", n, "DATASET").DATASET for n in parts.names("datasets", "DATASET")}
+    adapters: dict[str, Dataset] = parts.every("datasets", "DATASET")
     if name is not None:
         for folder in (where / name, where):
             if name in adapters and folder.is_dir() and adapters[name].here(folder):

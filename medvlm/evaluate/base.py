@@ -37,11 +37,10 @@ class Task:
 
 def cluster(sample: Sample) -> Hashable:
     """What is drawn together in a bootstrap: the patient, else the manifest row, else the images, else the sample."""
+    of = f"{sample.meta.get('dataset', '')} "
     if sample.patient:
-        return f"patient {sample.patient}"
-    if sample.meta.get("row"):
-        return f"row {sample.meta['row']}"
-    return f"sample {sample.id}"
+        return f"{of}patient {sample.patient}"
+    return f"{of}row {sample.meta['row']}" if sample.meta.get("row") else f"{of}sample {sample.id}"
 
 
 def check_pairs(samples: Sequence[Sample], predictions: Sequence[Prediction]) -> None:

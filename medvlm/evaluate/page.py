@@ -202,9 +202,9 @@ def _reliability(result: Result) -> str:
         return ""
     side, dots = 220, ""
     for b in trust.reliability(confidence[kept], right[kept]):
-        if b.n:
-            x, y = 30 + b.confidence * side, 10 + (1 - b.accuracy) * side
-            dots += f"<circle cx={x:.1f} cy={y:.1f} r={2 + 6 * math.sqrt(b.n / kept.sum()):.1f} fill='#0a6ebd' fill-opacity=.75><title>{b.n} answers: confidence {b.confidence:.2f}, right {b.accuracy:.2f}</title></circle>"
+        x, y = 30 + b["confidence"] * side, 10 + (1 - b["accuracy"]) * side
+        said = f"{b['n']} answers: confidence {b['confidence']:.2f}, right {b['accuracy']:.2f}"
+        dots += f"<circle cx={x:.1f} cy={y:.1f} r={2 + 6 * math.sqrt(b['n'] / kept.sum()):.1f} fill='#0a6ebd' fill-opacity=.75><title>{said}</title></circle>"
     axes = "".join(f"<text x={30 + t * side:.0f} y={side + 26} text-anchor=middle>{t:g}</text><text x=24 y={14 + (1 - t) * side:.0f} text-anchor=end>{t:g}</text>" for t in (0, 0.5, 1))
     picture = (f"<svg width={side + 50} height={side + 50}><rect x=30 y=10 width={side} height={side} fill=none stroke='#c9d1dd'/><path d='M30 {10 + side}L{30 + side} 10' stroke='#8d99ae' stroke-dasharray='4 3'/>"
                f"{dots}{axes}<text x={30 + side / 2} y={side + 44} text-anchor=middle>confidence</text></svg>")  # fmt: skip

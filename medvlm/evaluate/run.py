@@ -59,12 +59,12 @@ class Job:
 def plan(name: str, where: str | Path, split: str = "test", convention: str | None = None, limit: int | None = None) -> tuple[Data, list[Job]]:
     """What a run predicts. name: a task, or a data set, which is scored by every task that finds something in it.
 
-    limit: only so many samples of each task, chosen by lot with ``SEED``.
+    limit: only about so many samples of each task, chosen by lot with ``SEED``; pairs stay whole.
 
     Raises:
         UsageError: BAD_ARGUMENT for an unknown convention. ModelError: NO_SUCH_DATA, NO_SAMPLES.
     """
-    known = {n: parts.find("evaluate", n, "TASK").TASK for n in parts.names("evaluate", "TASK")}
+    known: dict[str, Task] = parts.every("evaluate", "TASK")
     try:
         data = open_data(where, None if name in known else name)
     except ModelError as e:
@@ -78,10 +78,11 @@ def plan(name: str, where: str | Path, split: str = "test", convention: str | No
     taken: dict[str, str] = {}
     for task in sorted(wanted, key=lambda t: known[t].rank):
         samples = known[task].prepare(read, split)
+        if len(wanted) > 1:  # probes made for the purpose are a task of their own, to be asked for by name
+            samples = [s for s in samples if "balanced" not in s.meta]
         if not samples:
             continue
-        if limit is not None and len(samples) > limit:
-            samples = [samples[i] for i in sorted(np.random.default_rng(SEED).permutation(len(samples))[:limit])]
+        samples = _by_lot(samples, limit) if limit is not None else samples
         # one answer serves every task that asks the same; where a task asks something else of it, its name tells them apart
         ids = [s.id if taken.setdefault(s.id, f"{s.verb} {bool(s.masks)}") == f"{s.verb} {bool(s.masks)}" else f"{s.id}#{task}" for s in samples]
         jobs.append(Job(task, known[task], _convention(known[task], task, convention, len(wanted) == 1), samples, ids))
@@ -91,12 +92,26 @@ def plan(name: str, where: str | Path, split: str = "test", convention: str | No
     return data, jobs
 
 
-def _reader(data: Data, scored: str) -> Callable[[str], list[Sample]]:
+def _by_lot(samples: list[Sample], limit: int) -> list[Sample]:
+    """About ``limit`` samples: what is scored together (a pair; a sample and its altered copies) is drawn together."""
+    groups: dict[str, list[int]] = {}
+    of = {s.id: s.group or s.id for s in samples}
+    for i, s in enumerate(samples):
+        groups.setdefault(of.get(s.meta.get("of"), of[s.id]), []).append(i)
+    kept: list[int] = []
+    for k in np.random.default_rng(SEED).permutation(len(groups)):
+        if len(kept) >= limit:
+            break
+        kept += list(groups.values())[k]
+    return [samples[i] for i in sorted(kept)]
+
+
+def _reader(data: Data, scored: str, words: bool = False) -> Callable[[str], list[Sample]]:
     seen: dict[str, list[Sample]] = {}
 
     def read(split: str) -> list[Sample]:
         if split not in seen:
-            seen[split] = data.scored(split) if split == scored else data.samples(split)
+            seen[split] = data.scored(split) if split == scored else data.samples(split, words)
         return seen[split]
 
     return read
@@ -136,7 +151,7 @@ def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, sp
     }  # fmt: skip
     _begin(out, about)
     if hasattr(model, "learn"):
-        model.learn(data.samples("train", words=True) if split != "train" else [])
+        model.learn([s for job in jobs for s in answers_of_train(job, data, split)])
     left_out = _predict(jobs, model, out / "predictions.jsonl", retry_errors, quiet)
     if words is not None:
         _predict(jobs, words, out / "predictions-no-image.jsonl", retry_errors, quiet, "no image")
@@ -227,15 +242,13 @@ def score(out: str | Path, where: str | Path | None = None, convention: str | No
     data, jobs = planned or plan(about["task"], where or about["data"], about["split"], convention or about["convention"], about["limit"])
     if data.fingerprint != about["fingerprint"]:
         raise UsageError("the data have changed since they were predicted", "DATA_DIFFER", "give --data with the data of the run, or predict again")
-    train: list[Sample] | None = None
     results = []
     for job in jobs:
         predictions = job.predictions(out / "predictions.jsonl")
         scores = told(job, predictions, judge)
         baselines: dict[str, list[Score]] = {}
         if job.task.blind:
-            if train is None:
-                train = data.samples("train", words=True) if about["split"] != "train" else []
+            train = answers_of_train(job, data, about["split"])
             for kind, say in blind.BASELINES.items():
                 if kind != "prior" or any(s.answer for s in train):
                     baselines[kind] = _named(job, job.task.score(job.samples, say(job.samples, train), job.convention))
@@ -256,6 +269,16 @@ def score(out: str | Path, where: str | Path | None = None, convention: str | No
     return record
 
 
+def answers_of_train(job: Job, data: Data, split: str) -> list[Sample]:
+    """The training samples of a job's task, for who answers without looking; [] when train is what is scored.
+
+    No image is opened where the questions are there as text; probes that are made from outlines need them.
+    """
+    if split == "train":
+        return []
+    return job.task.prepare(_reader(data, split, words=True), "train") or job.task.prepare(_reader(data, split), "train")
+
+
 def run_of(out: Path) -> dict[str, Any]:
     """What ``run.json`` of a run's folder says.
 
@@ -268,19 +291,20 @@ def run_of(out: Path) -> dict[str, Any]:
 
 
 def told(job: Job, predictions: Sequence[Prediction], judge: Callable | None = None) -> list[Score]:
-    """The scores of a job: the task's, its trust scores where answers are right or wrong, and all of them by slices."""
+    """The scores of a job: the task's, those by slices, and how far its confidence can be trusted where answers are right or wrong."""
     scores = _named(job, job.task.score(job.samples, predictions, job.convention))
     if judge is not None and job.name == "vqa":
         from .vqa import judged
 
-        scores += _named(job, judged(job.samples, predictions, judge))
-    right = next((s for s in scores if s.slice == "all" and s.items and s.items.values is not None and set(np.unique(s.items.values)) <= {0.0, 1.0}), None)
+        scores += _named(job, judged(job.samples, predictions, judge, job.convention, getattr(judge, "name", "a judge")))
+    sure: list[Score] = []
+    right = next((s for s in scores if s.slice == "all" and s.better == "higher" and s.items and s.items.values is not None and set(np.unique(s.items.values)) <= {0.0, 1.0}), None)
     if job.task.blind and right is not None:
         by_id = {s.id: i for i, s in enumerate(job.samples)}
         if all(i in by_id for i in right.items.ids):
             kept = [by_id[i] for i in right.items.ids]
-            scores += _named(job, trust.scores([job.samples[i] for i in kept], [predictions[i] for i in kept], right.items.values))
-    return scores + sliced(scores, job.samples)
+            sure = _named(job, trust.scores([job.samples[i] for i in kept], [predictions[i] for i in kept], right.items.values))
+    return scores + sure + sliced(scores, job.samples)
 
 
 def _named(job: Job, scores: Iterable[Score]) -> list[Score]:
