@@ -59,7 +59,8 @@ def compare(a: str | Path, b: str | Path, where: str | Path | None = None, slice
     _, jobs = plan(runs[0]["task"], where or runs[0]["data"], runs[0]["split"], runs[0]["convention"], runs[0]["limit"])
     found: list[Difference] = []
     for job in jobs:
-        sides = [{(s.name, s.slice): s for s in told(job, job.predictions(folder / "predictions.jsonl"))} for folder in (a, b)]
+        both = [told(job, job.predictions(folder / "predictions.jsonl")) for folder in (a, b)]
+        sides = [{(s.name, s.slice): s for s in (*whole, *sure, *parts)} for whole, sure, parts in both]
         for key, left in sides[0].items():
             if key in sides[1] and (slices or left.slice == "all") and left.items and sides[1][key].items:
                 found.append(_difference(left, sides[1][key]))

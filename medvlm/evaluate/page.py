@@ -26,7 +26,7 @@ THUMBNAIL = 300
 
 @dataclass(frozen=True)
 class Result:
-    """One task of a run, scored. baselines: {name: its scores}. cases: {sample id: what is to be said of it} beside a score."""
+    """One task of a run, scored. trust: of its confidence. slices: the scores again on parts of the samples. baselines: {name: its scores}. cases: {sample id: what is to be said of it} beside a score."""
 
     task: str
     convention: str
@@ -34,6 +34,8 @@ class Result:
     samples: Sequence[Sample]
     predictions: Sequence[Prediction]
     scores: Sequence[Score]
+    trust: Sequence[Score]
+    slices: Sequence[Score]
     baselines: Mapping[str, Sequence[Score]]
     cases: Mapping[str, str] = field(default_factory=dict)
 
@@ -55,11 +57,9 @@ def _rows(results: Sequence[Result]) -> list[tuple[list[str], bool]]:
     rows = [(["task", "score", "slice", "value", "95 % interval", "n", "excluded", "chance", *names], True)]
     for r in results:
         beside = {n: {(s.name, s.slice): s for s in r.baselines.get(n, ())} for n in names}
-        for s in r.scores:
-            if any(s.slice.startswith(f"{key}=") for key in ("dataset", "modality", "organ", "type", "lang")):
-                continue
+        for s in (*r.scores, *r.trust):
             others = [number(b.value, b.unit) if (b := beside[n].get((s.name, s.slice))) else "" for n in names]
-            rows.append(([r.task, s.name, s.slice, number(s.value, s.unit), _span(s), str(s.n), str(s.excluded), number(s.chance) if s.chance is not None else "", *others], s.slice == "all"))
+            rows.append(([r.task, s.name, s.slice, number(s.value, s.unit), _span(s), str(s.n), str(s.excluded), number(s.chance, s.unit) if s.chance is not None else "", *others], s.slice == "all"))
     return rows
 
 
@@ -126,20 +126,22 @@ def html(record: Mapping[str, Any], results: Sequence[Result]) -> str:
         parts.append("<p class=wrong>Failed: " + ", ".join(f"{escape(k)} ({n})" for k, n in sorted(kinds.items(), key=lambda x: -x[1])) + "</p>")
     for r in results:
         parts += [f"<h2>{escape(r.task)}</h2><p class=soft>{len(r.samples)} samples. Convention <code>{escape(r.convention)}</code>: {escape(_meaning(r))}</p>"]
-        parts += [_table([s for s in r.scores if s.slice == "all"], r.baselines), _reliability(r), _slices(r), _conventions(r), _cases(r)]
+        parts += [_table([s for s in r.scores if s.slice == "all"], r.baselines), _slices(r), _reliability(r), _conventions(r), _cases(r)]
     return "\n".join(p for p in parts if p)
 
 
 def _table(scores: Sequence[Score], baselines: Mapping[str, Sequence[Score]]) -> str:
     beside = {n: {(s.name, s.slice): s for s in group} for n, group in baselines.items()}
-    head = "".join(f"<th>{h}</th>" for h in ("score", "value", "", "95 % interval", "n", "excluded", "chance", *map(escape, beside)))
+    told = [k for k in ("excluded", "chance") if any((s.excluded if k == "excluded" else s.chance is not None) for s in scores)]
+    head = "".join(f"<th>{h}</th>" for h in ("score", "value", "", "95 % interval", "n", *told, *map(escape, beside)))
     rows = []
     for s in scores:
         others = "".join(f"<td>{number(b.value, b.unit) if (b := group.get((s.name, s.slice))) else ''}</td>" for group in beside.values())
         why = f" title='{escape(s.note, quote=True)}'" if s.note else ""
+        more = {"excluded": str(s.excluded or ""), "chance": number(s.chance, s.unit) if s.chance is not None else ""}
         span = _span(s) if s.low is not None or not s.note else f"<span class=soft>{escape(s.note)}</span>"
         rows.append(f"<tr{why}><td>{escape(s.name)}</td><td><b>{number(s.value, s.unit)}</b></td><td class=bar>{_bar(s, [b for g in beside.values() if (b := g.get((s.name, s.slice)))])}</td>"
-                    f"<td>{span}</td><td>{s.n}</td><td>{s.excluded or ''}</td><td>{number(s.chance) if s.chance is not None else ''}</td>{others}</tr>")  # fmt: skip
+                    f"<td>{span}</td><td>{s.n}</td>{''.join(f'<td>{more[k]}</td>' for k in told)}{others}</tr>")  # fmt: skip
     return f"<div class=scroll><table><tr>{head}</tr>{''.join(rows)}</table></div>"
 
 
@@ -158,7 +160,7 @@ def _bar(score: Score, baselines: Sequence[Score], wide: int = 150) -> str:
 def _slices(result: Result) -> str:
     """One table a kind of slice, scores side by side."""
     kinds: dict[str, dict[str, dict[str, Score]]] = {}
-    for s in result.scores:
+    for s in (*result.scores, *result.slices):
         if s.slice != "all":
             kinds.setdefault(s.slice.split("=")[0], {}).setdefault(s.slice.split("=", 1)[-1], {})[s.name] = s
     tables = []
@@ -174,7 +176,7 @@ def _slices(result: Result) -> str:
 
 
 def _conventions(result: Result) -> str:
-    said = dict.fromkeys((s.name, s.convention) for s in result.scores if s.convention and s.slice == "all")
+    said = dict.fromkeys((s.name, s.convention) for s in (*result.scores, *result.trust) if s.convention and s.slice == "all")
     if not said:
         return ""
     return "<details><summary>what each score means</summary><ul>" + "".join(f"<li><b>{escape(n)}</b>: {escape(c)}</li>" for n, c in said) + "</ul></details>"
@@ -198,7 +200,7 @@ def _reliability(result: Result) -> str:
     of = {p.id: _confidence(p) for p in result.predictions}
     confidence, right = np.array([of[i] for i in score.items.ids]), score.items.values
     kept = np.isfinite(confidence)
-    if kept.sum() < 10 or len(np.unique(confidence[kept])) < 2:
+    if not result.trust or kept.sum() < 10 or len(np.unique(confidence[kept])) < 2:
         return ""
     side, dots = 220, ""
     for b in trust.reliability(confidence[kept], right[kept]):
@@ -208,7 +210,7 @@ def _reliability(result: Result) -> str:
     axes = "".join(f"<text x={30 + t * side:.0f} y={side + 26} text-anchor=middle>{t:g}</text><text x=24 y={14 + (1 - t) * side:.0f} text-anchor=end>{t:g}</text>" for t in (0, 0.5, 1))
     picture = (f"<svg width={side + 50} height={side + 50}><rect x=30 y=10 width={side} height={side} fill=none stroke='#c9d1dd'/><path d='M30 {10 + side}L{30 + side} 10' stroke='#8d99ae' stroke-dasharray='4 3'/>"
                f"{dots}{axes}<text x={30 + side / 2} y={side + 44} text-anchor=middle>confidence</text></svg>")  # fmt: skip
-    return f"<div class=two><div><h3>Is its confidence honest?</h3>{picture}</div><p class=soft style='max-width:40ch;margin-top:48px'>Each point is one of the bins of the ECE, its size the number of answers, its height the share of them that is right. On the dashed line confidence and truth agree. {int((~kept).sum())} answers came without a probability.</p></div>"
+    return f"<div class=two><div><h3>Is its confidence honest?</h3>{picture}</div><p class=soft style='max-width:40ch;margin-top:48px'>Each point is one of the bins of the ECE, its size the number of answers, its height the share of them that is right. On the dashed line confidence and truth agree. {int((~kept).sum())} answers came without a probability.</p></div>" + _table(result.trust, {})
 
 
 def _cases(result: Result) -> str:

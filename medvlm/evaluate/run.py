@@ -245,7 +245,7 @@ def score(out: str | Path, where: str | Path | None = None, convention: str | No
     results = []
     for job in jobs:
         predictions = job.predictions(out / "predictions.jsonl")
-        scores = told(job, predictions, judge)
+        scores, sure, slices = told(job, predictions, judge)
         baselines: dict[str, list[Score]] = {}
         if job.task.blind:
             train = answers_of_train(job, data, about["split"])
@@ -254,11 +254,11 @@ def score(out: str | Path, where: str | Path | None = None, convention: str | No
                     baselines[kind] = _named(job, job.task.score(job.samples, say(job.samples, train), job.convention))
         if (out / "predictions-no-image.jsonl").is_file():
             baselines["no image"] = _named(job, job.task.score(job.samples, job.predictions(out / "predictions-no-image.jsonl"), job.convention))
-        results.append(page.Result(job.name, job.convention, job.task.conventions, job.samples, predictions, scores, baselines))
+        results.append(page.Result(job.name, job.convention, job.task.conventions, job.samples, predictions, scores, sure, slices, baselines, _cases(job, predictions)))
     record = {
         "run": about | {"convention": {j.name: j.convention for j in jobs}}, "draws": DRAWS, "seed": SEED,
         "samples": {r.task: len(r.samples) for r in results}, "errors": {r.task: sum(p.error is not None for p in r.predictions) for r in results},
-        "scores": [s.to_json() for r in results for s in r.scores],
+        "scores": [s.to_json() for r in results for s in (*r.scores, *r.trust, *r.slices)],
         "baselines": {k: [s.to_json() for r in results for s in r.baselines.get(k, ())] for k in dict.fromkeys(k for r in results for k in r.baselines)},
         "notice": NOTICE,
     }  # fmt: skip
@@ -290,8 +290,8 @@ def run_of(out: Path) -> dict[str, Any]:
     return json.loads((out / "run.json").read_text(encoding="utf-8"))
 
 
-def told(job: Job, predictions: Sequence[Prediction], judge: Callable | None = None) -> list[Score]:
-    """The scores of a job: the task's, those by slices, and how far its confidence can be trusted where answers are right or wrong."""
+def told(job: Job, predictions: Sequence[Prediction], judge: Callable | None = None) -> tuple[list[Score], list[Score], list[Score]]:
+    """The scores of a job; how far its confidence can be trusted, where answers are right or wrong; the scores again by slices."""
     scores = _named(job, job.task.score(job.samples, predictions, job.convention))
     if judge is not None and job.name == "vqa":
         from .vqa import judged
@@ -304,7 +304,17 @@ def told(job: Job, predictions: Sequence[Prediction], judge: Callable | None = N
         if all(i in by_id for i in right.items.ids):
             kept = [by_id[i] for i in right.items.ids]
             sure = _named(job, trust.scores([job.samples[i] for i in kept], [predictions[i] for i in kept], right.items.values))
-    return scores + sure + sliced(scores, job.samples)
+    return scores, sure, sliced(scores, job.samples)
+
+
+def _cases(job: Job, predictions: Sequence[Prediction]) -> dict[str, str]:
+    """What a report's reader should see beside a case, by sample."""
+    if job.name != "report":
+        return {}
+    from .report import cases
+
+    return {c["id"]: "; ".join(f"{kind.replace('_', ' ')}: {', '.join(map(str, c[kind]))}" for kind in ("hallucinated", "omitted", "side_swapped") if c[kind])
+            for c in cases(job.samples, predictions, job.convention)}  # fmt: skip
 
 
 def _named(job: Job, scores: Iterable[Score]) -> list[Score]:

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from medvlm.evaluate.statistics import Items, Score, holm, interval, mcnemar, mean_score, paired_difference, statistic_score
+from medvlm.evaluate.statistics import (
+    Items,
+    Score,
+    holm,
+    interval,
+    mcnemar,
+    mean_score,
+    paired_difference,
+    statistic_score,
+)
 
 RNG = np.random.default_rng(3)
 

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 import tiny
-from endpoint import Server, completion
+from endpoint import Handler, Server, completion
 from PIL import Image as Pillow
 
 from medvlm import cli
