@@ -31,6 +31,10 @@ EXTRA = 6
 """Tasks of this rank or higher run only when they are asked for by name: they predict every question many times."""
 
 
+LOTS, LOTS_UP_TO = 20, 1000
+"""Lots drawn for the random baseline, and up to how many samples; fewer where there are more."""
+
+
 class Predictor(Protocol):
     """All that a run needs of a model."""
 
@@ -154,7 +158,7 @@ def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, sp
         model.learn([s for job in jobs for s in answers_of_train(job, data, split)])
     left_out = _predict(jobs, model, out / "predictions.jsonl", retry_errors, quiet)
     if words is not None:
-        _predict(jobs, words, out / "predictions-no-image.jsonl", retry_errors, quiet, "no image")
+        _predict([j for j in jobs if j.task.blind], words, out / "predictions-no-image.jsonl", retry_errors, quiet, "no image")
     if left_out:
         _note(out, left_out_predictions=left_out)
     return score(out, judge=judge, planned=(data, jobs))
@@ -250,9 +254,11 @@ def score(out: str | Path, where: str | Path | None = None, convention: str | No
         if job.task.blind:
             train = answers_of_train(job, data, about["split"])
             for kind, say in blind.BASELINES.items():
-                if kind != "prior" or any(s.answer for s in train):
+                if kind == "random":
+                    baselines[kind] = _named(job, _mean_of_lots(job, train))
+                elif kind != "prior" or any(s.answer for s in train):
                     baselines[kind] = _named(job, job.task.score(job.samples, say(job.samples, train), job.convention))
-        if (out / "predictions-no-image.jsonl").is_file():
+        if job.task.blind and (out / "predictions-no-image.jsonl").is_file():
             baselines["no image"] = _named(job, job.task.score(job.samples, job.predictions(out / "predictions-no-image.jsonl"), job.convention))
         results.append(page.Result(job.name, job.convention, job.task.conventions, job.samples, predictions, scores, sure, slices, baselines, _cases(job, predictions)))
     record = {
@@ -267,6 +273,13 @@ def score(out: str | Path, where: str | Path | None = None, convention: str | No
     _write(out / "table.tex", page.latex(results))
     _write(out / "report.html", page.html(record, results))
     return record
+
+
+def _mean_of_lots(job: Job, train: Sequence[Sample]) -> list[Score]:
+    """What choosing by lot is worth on average: one lot over a few questions may be far from it."""
+    lots = max(1, min(LOTS, 20 * LOTS_UP_TO // len(job.samples)))
+    tried = [job.task.score(job.samples, blind.random(job.samples, train, SEED + k), job.convention) for k in range(lots)]
+    return [replace(group[0], value=float(np.mean([s.value for s in group])), low=None, high=None, items=None, note=f"mean of {lots} lots") for group in zip(*tried)]
 
 
 def answers_of_train(job: Job, data: Data, split: str) -> list[Sample]:
