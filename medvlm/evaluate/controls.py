@@ -22,7 +22,7 @@ from .statistics import Score
 
 RULE = "closed and choice questions; an error or an answer that cannot be read is wrong, and is no change of answer"
 LOOKS = (
-    "1 where the 95 % interval of the score drop on the blank or on another patient's image lies above 0, else 0; "
+    "1 where the 95 % interval of the score drop on the blank or on another patient's image, over what was answered, lies above 0, else 0; "
     "a model that answers by chance, and too few questions, show nothing either"
 )
 PROVES = ("blank", "other")
@@ -168,6 +168,9 @@ def compared(samples: Sequence[Sample], predictions: Sequence[Prediction], slice
         change = of_both(lambda k, i: None not in (answers[k], answers[i]) and answers[k] != answers[i])
         about["better"] = "lower" if better == "higher" else "neither"
         scores.append(mean_of("score drop", asked, drop, chance=0.0, **about | {"convention": f"accuracy on the original less accuracy here; {RULE}"}))
+        answered = of_both(lambda k, i: right[k] - right[i] if None not in (answers[k], answers[i]) else float("nan"))
+        scores.append(mean_of("score drop where answered", asked, answered, chance=0.0, **about | {"convention": "as score drop, over the questions that were answered both times; a model that refuses an image has not looked in answering"}))
+        scores.append(mean_of("unanswered", asked, [float(answers[i] is None) for i in members], **about | {"better": "neither", "convention": "share of errors and of answers that cannot be read"}))
         scores.append(mean_of("answer change rate", asked, change, **about | {"convention": f"another answer than on the original; {RULE}"}))
         moved = of_both(lambda k, i: abs(yes[k] - yes[i]))
         if np.isfinite(moved).any():
@@ -189,7 +192,7 @@ def score(samples: Sequence[Sample], predictions: Sequence[Prediction], conventi
 
 def looks(scores: Sequence[Score]) -> Score:
     """The verdict by :data:`LOOKS`."""
-    drops = {s.slice.partition("=")[2]: s for s in scores if s.name == "score drop" and s.slice.partition("=")[2] in PROVES}
+    drops = {s.slice.partition("=")[2]: s for s in scores if s.name == "score drop where answered" and s.slice.partition("=")[2] in PROVES}
     told = {name: s for name, s in drops.items() if s.low is not None}
     n = max((s.n for s in drops.values()), default=0)
     if not told:

@@ -170,6 +170,19 @@ def scored(task, samples, model):
     return asked, {(s.name, s.slice.partition("=")[2] or s.slice): s for s in found}
 
 
+def test_a_model_that_refuses_every_blank_has_not_looked_in_answering():
+    samples = [question(n, "yes" if n % 2 else "no") for n in range(20)]
+
+    def gated(sample):  # right on the original by its number, refuses what looks odd, never changes an answer
+        if sample.meta.get("control") in ("blank", "noise", "shuffled"):
+            return Prediction(sample.id, error="OUT_OF_SCOPE: not an X-ray")
+        return Prediction(sample.id, "yes" if int(sample.id[1:].partition("@")[0]) % 2 else "no", 0.9)
+
+    _, found = scored(controls.TASK, samples, gated)
+    assert found["score drop", "blank"].value == 1.0 and found["unanswered", "blank"].value == 1.0
+    assert found["score drop where answered", "blank"].n == 0 and found["looks at the image", "all"].value == 0.0
+
+
 def test_the_controls_tell_a_model_that_looks_from_one_that_does_not():
     samples = [question(n, "yes" if n % 2 else "no", "Is there an effusion?" if n % 3 else "Is there any effusion?") for n in range(40)]
     asked, seen = scored(controls.TASK, samples, looking)
@@ -244,7 +257,7 @@ def test_errors_are_wrong_and_no_change():
         controls.score([*originals, *copies], [*after, *before], "medvlm")
     alone = {(s.name, s.slice): s for s in controls.score([*originals[:3], *copies], [*before[:3], *after], "medvlm")}
     assert (alone["accuracy", "control=blank"].n, alone["score drop", "control=blank"].n, alone["score drop", "control=blank"].excluded) == (6, 3, 3)
-    assert np.isnan(alone["looks at the image", "all"].value) and "clusters" in alone["looks at the image", "all"].note
+    assert np.isnan(alone["looks at the image", "all"].value) and "cluster" in alone["looks at the image", "all"].note
 
 
 def test_choices_are_picked_and_chance_is_theirs():
