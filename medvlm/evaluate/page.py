@@ -182,10 +182,10 @@ def _conventions(result: Result) -> str:
     return "<details><summary>what each score means</summary><ul>" + "".join(f"<li><b>{escape(n)}</b>: {escape(c)}</li>" for n, c in said) + "</ul></details>"
 
 
-def _headline(result: Result) -> Score | None:
+def headline(samples: Sequence[Sample], scores: Sequence[Score]) -> Score | None:
     """The first score that is a mean over samples: its lowest items are the worst cases."""
-    known = {s.id for s in result.samples}
-    return next((s for s in result.scores if s.slice == "all" and s.items and s.items.values is not None and set(s.items.ids) <= known), None)
+    known = {s.id for s in samples}
+    return next((s for s in scores if s.slice == "all" and s.items and s.items.values is not None and set(s.items.ids) <= known), None)
 
 
 def _confidence(p: Prediction) -> float:
@@ -194,7 +194,7 @@ def _confidence(p: Prediction) -> float:
 
 def _reliability(result: Result) -> str:
     """How often answers of a given confidence are right, and how far down the confident ones can be trusted."""
-    score = _headline(result)
+    score = headline(result.samples, result.scores)
     if score is None or not set(np.unique(score.items.values)) <= {0.0, 1.0}:
         return ""
     of = {p.id: _confidence(p) for p in result.predictions}
@@ -215,7 +215,7 @@ def _reliability(result: Result) -> str:
 
 def _cases(result: Result) -> str:
     """The worst cases, and the wrong ones that the model was surest of."""
-    score = _headline(result)
+    score = headline(result.samples, result.scores)
     if score is None:
         return ""
     samples, predictions = {s.id: s for s in result.samples}, {p.id: p for p in result.predictions}

@@ -23,6 +23,7 @@ from ..imaging.files import writing
 from ..sample import NOTICE, Prediction, Sample
 from . import blind, page, trust
 from .base import Task
+from .gaps import gaps
 from .statistics import DRAWS, SEED, Score, mean_score, statistic_score
 
 SLICES = ("dataset", "modality", "organ", "type", "category", "lang")
@@ -31,6 +32,8 @@ EXTRA = 6
 """Tasks of this rank or higher run only when they are asked for by name: they predict every question many times."""
 
 
+NO_IMAGE, VAL, SURE = (f"predictions-{what}.jsonl" for what in ("no-image", "val", "sure"))
+"""Beside predictions.jsonl: the same without the image, the answers of val, and how sure the model says it is."""
 LOTS, LOTS_UP_TO = 20, 1000
 """Lots drawn for the random baseline, and up to how many samples; fewer where there are more."""
 
@@ -134,7 +137,7 @@ def _convention(task: Task, name: str, wanted: str | None, alone: bool) -> str:
 
 def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, split: str = "test", convention: str | None = None,
              limit: int | None = None, words: Predictor | None = None, retry_errors: bool = False, judge: Callable | None = None,
-             quiet: bool = False, planned: tuple[Data, list[Job]] | None = None) -> dict[str, Any]:  # fmt: skip
+             quiet: bool = False, planned: tuple[Data, list[Job]] | None = None, calibrate: bool = False, ask_sure: bool = False) -> dict[str, Any]:  # fmt: skip
     """Predict what is not yet in ``out/predictions.jsonl``, then :func:`score`.
 
     Args:
@@ -142,6 +145,8 @@ def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, sp
         retry_errors: ask again where the file holds an error.
         judge: (prompts) -> texts, for open answers; its scores come beside the others.
         planned: what :func:`plan` gave for these arguments, where it was called before.
+        calibrate: predict val too, fit temperature, Platt and isotonic calibration there, and score the confidence after each.
+        ask_sure: ask the model after every answer how sure it is, and score that confidence too.
 
     Raises:
         UsageError: RUN_DIFFERS when ``out`` holds another run.
@@ -158,7 +163,11 @@ def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, sp
         model.learn([s for job in jobs for s in answers_of_train(job, data, split)])
     left_out = _predict(jobs, model, out / "predictions.jsonl", retry_errors, quiet)
     if words is not None:
-        _predict([j for j in jobs if j.task.blind], words, out / "predictions-no-image.jsonl", retry_errors, quiet, "no image")
+        _predict([j for j in jobs if j.task.blind], words, out / NO_IMAGE, retry_errors, quiet, "no image")
+    if calibrate:
+        _predict([j for j in plan(name, where, "val", convention, limit)[1] if j.task.blind], model, out / VAL, retry_errors, quiet, "val")
+    if ask_sure:
+        _predict([_sure(j, j.predictions(out / "predictions.jsonl")) for j in jobs if j.task.blind], model, out / SURE, retry_errors, quiet, "how sure")
     if left_out:
         _note(out, left_out_predictions=left_out)
     return score(out, judge=judge, planned=(data, jobs))
@@ -247,9 +256,16 @@ def score(out: str | Path, where: str | Path | None = None, convention: str | No
     if data.fingerprint != about["fingerprint"]:
         raise UsageError("the data have changed since they were predicted", "DATA_DIFFER", "give --data with the data of the run, or predict again")
     results = []
+    val = {}
+    if (out / VAL).is_file():
+        val = {j.name: j for j in plan(about["task"], where or about["data"], "val", convention or about["convention"], about["limit"])[1] if j.task.blind}
     for job in jobs:
         predictions = job.predictions(out / "predictions.jsonl")
-        scores, sure, slices = told(job, predictions, judge)
+        stated = None
+        if job.task.blind and (out / SURE).is_file():
+            stated = [trust.said_sure(p.text) for p in _sure(job, predictions).predictions(out / SURE)]
+        fitted = calibrators(val[job.name], val[job.name].predictions(out / VAL)) if job.name in val else []
+        scores, sure, slices = told(job, predictions, judge, fitted, stated)
         baselines: dict[str, list[Score]] = {}
         if job.task.blind:
             train = answers_of_train(job, data, about["split"])
@@ -258,8 +274,8 @@ def score(out: str | Path, where: str | Path | None = None, convention: str | No
                     baselines[kind] = _named(job, _mean_of_lots(job, train))
                 elif kind != "prior" or any(s.answer for s in train):
                     baselines[kind] = _named(job, job.task.score(job.samples, say(job.samples, train), job.convention))
-        if job.task.blind and (out / "predictions-no-image.jsonl").is_file():
-            baselines["no image"] = _named(job, job.task.score(job.samples, job.predictions(out / "predictions-no-image.jsonl"), job.convention))
+        if job.task.blind and (out / NO_IMAGE).is_file():
+            baselines["no image"] = _named(job, job.task.score(job.samples, job.predictions(out / NO_IMAGE), job.convention))
         results.append(page.Result(job.name, job.convention, job.task.conventions, job.samples, predictions, scores, sure, slices, baselines, _cases(job, predictions)))
     record = {
         "run": about | {"convention": {j.name: j.convention for j in jobs}}, "draws": DRAWS, "seed": SEED,
@@ -303,21 +319,52 @@ def run_of(out: Path) -> dict[str, Any]:
     return json.loads((out / "run.json").read_text(encoding="utf-8"))
 
 
-def told(job: Job, predictions: Sequence[Prediction], judge: Callable | None = None) -> tuple[list[Score], list[Score], list[Score]]:
-    """The scores of a job; how far its confidence can be trusted, where answers are right or wrong; the scores again by slices."""
+def told(job: Job, predictions: Sequence[Prediction], judge: Callable | None = None, fitted: Sequence[trust.Calibrator] = (),
+         stated: Sequence[float] | None = None) -> tuple[list[Score], list[Score], list[Score]]:  # fmt: skip
+    """The scores of a job, with the gaps between groups; how far its confidence can be trusted, where answers are right or
+    wrong; the scores again by slices. stated: the confidence that the model gave when it was asked for it.
+    """
     scores = _named(job, job.task.score(job.samples, predictions, job.convention))
     if judge is not None and job.name == "vqa":
         from .vqa import judged
 
         scores += _named(job, judged(job.samples, predictions, judge, job.convention, getattr(judge, "name", "a judge")))
     sure: list[Score] = []
-    right = next((s for s in scores if s.slice == "all" and s.better == "higher" and s.items and s.items.values is not None and set(np.unique(s.items.values)) <= {0.0, 1.0}), None)
-    if job.task.blind and right is not None:
-        by_id = {s.id: i for i, s in enumerate(job.samples)}
-        if all(i in by_id for i in right.items.ids):
-            kept = [by_id[i] for i in right.items.ids]
-            sure = _named(job, trust.scores([job.samples[i] for i in kept], [predictions[i] for i in kept], right.items.values))
-    return scores, sure, sliced(scores, job.samples)
+    if right := _right(job, scores):
+        at, values = right
+        samples, kept = [job.samples[i] for i in at], [predictions[i] for i in at]
+        sure = _named(job, trust.scores(samples, kept, values, calibrators=fitted))
+        if stated is not None:
+            asked = trust.scores(samples, kept, values, [stated[i] for i in at])
+            sure += _named(job, (replace(s, slice="confidence=asked") for s in asked))
+    parts = sliced(scores, job.samples)
+    if head := page.headline(job.samples, scores):
+        scores += _named(job, gaps(head, job.samples))
+    return scores, sure, parts
+
+
+def _right(job: Job, scores: Sequence[Score]) -> tuple[list[int], np.ndarray] | None:
+    """(indices into the samples, 1 or 0 for each) of the first score that says of every answer whether it is right."""
+    found = next((s for s in scores if s.slice == "all" and s.better == "higher" and s.items and s.items.values is not None and set(np.unique(s.items.values)) <= {0.0, 1.0}), None)
+    at = {s.id: i for i, s in enumerate(job.samples)}
+    if not job.task.blind or found is None or not set(found.items.ids) <= at.keys():
+        return None
+    return [at[i] for i in found.items.ids], found.items.values
+
+
+def calibrators(job: Job, predictions: Sequence[Prediction]) -> list[trust.Calibrator]:
+    """Temperature, Platt and isotonic, fitted on these answers; failures, whose confidence is 0, are left out."""
+    right = _right(job, job.task.score(job.samples, predictions, job.convention))
+    if right is None:
+        return []
+    pairs = [(c, r) for c, r, i in zip(trust.confidences([predictions[i] for i in right[0]]), right[1], right[0]) if predictions[i].error is None]
+    return [trust.Calibrator.fit(kind, *map(np.array, zip(*pairs))) for kind in ("temperature", "platt", "isotonic")] if pairs else []
+
+
+def _sure(job: Job, predictions: Sequence[Prediction]) -> Job:
+    """The job of asking the model, about each of its answers, how sure it is."""
+    asked = [trust.how_sure(s, p) for s, p in zip(job.asked(), predictions)]
+    return replace(job, samples=asked, ids=[s.id for s in asked])
 
 
 def _cases(job: Job, predictions: Sequence[Prediction]) -> dict[str, str]:

@@ -247,3 +247,59 @@ def test_run_slices_name_what_the_sample_says():
 
     sample = Sample("x", meta={"modality": "ct", "labels": {"organ": "CHEST"}, "category": ["a", "b"]})
     assert run.values_of(sample, "organ") == ("CHEST",) and run.values_of(sample, "category") == ("a", "b") and run.values_of(sample, "lang") == ()
+
+
+def with_val(folder):
+    lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    for row in [r for r in lines if r["split"] == "train"]:
+        lines.append({**row, "id": f"val-{row['id']}", "split": "val", "patient": f"val-{row['patient']}", "qa": [{**q, "qid": f"val-{q['qid']}"} for q in row["qa"]]})
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_calibration_is_fitted_on_val_and_scored_on_test(bright, tmp_path):
+    """A constant yes at 0.6 is right half of the time: a gap of 0.1 before, about none after Platt's shift."""
+    record = evaluate("vqa", Constant(), with_val(bright), tmp_path / "run", quiet=True, calibrate=True)
+    assert named(record, "ECE")["value"] == pytest.approx(0.1) and named(record, "ECE after platt")["value"] < 0.05
+    assert set(rows(tmp_path / "run" / "predictions-val.jsonl")) == {s.id for s in plan("vqa", bright, "val")[1][0].samples}
+    assert "16 other answers" in named(record, "ECE after platt")["convention"]
+    assert score(tmp_path / "run")["scores"] == record["scores"]
+
+
+def test_a_model_is_asked_how_sure_it_is(bright, tmp_path):
+    class Modest(Looks):
+        def predict(self, samples):
+            asked = [s for s in samples if not s.id.endswith("@sure")]
+            said = {p.id: p for p in super().predict(asked)}
+            return [said.get(s.id) or Prediction(s.id, "I am 70 % sure.") for s in samples]
+
+    record = evaluate("vqa", Modest(), bright, tmp_path / "run", quiet=True, ask_sure=True)
+    assert named(record, "confidence given", "confidence=asked")["value"] == 1.0
+    assert named(record, "ECE", "confidence=asked")["value"] == pytest.approx(0.3)  # always right, 0.7 sure
+    assert named(record, "ECE")["value"] == pytest.approx(0.1)  # and 0.9 by its own account
+    assert "Answer given: yes" in next(s.question for s in run._sure(plan("vqa", bright)[1][0], [Prediction(s.id, "yes") for s in plan("vqa", bright)[1][0].samples]).asked())
+
+
+def test_groups_that_fare_differently_are_told(bright, tmp_path):
+    """Right about every X-ray and about no fundus photograph: a gap of 1."""
+
+    class Partial(Looks):
+        def predict(self, samples):
+            found = super().predict(samples)
+            return [p if s.meta["modality"] == "xray" else Prediction(p.id, "no idea") for s, p in zip(samples, found)]
+
+    manifest = bright / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"modality": "xray"', '"modality": "xray", "site": "a"').replace('"modality": "fundus"', '"modality": "fundus", "site": "b"'))
+    found = [s for s in evaluate("vqa", Partial(), bright, tmp_path / "run", quiet=True)["scores"] if "gap" in s["name"]]
+    assert {s["name"] for s in found} == {"closed accuracy gap by site", "closed accuracy gap by modality"}
+    assert all(s["value"] is None and "fewer than two groups" in s["note"] for s in found)  # four patients a group are too few
+
+
+def test_a_judge_scores_open_answers_beside(bright, tmp_path):
+    def judge(prompts):
+        return ["1" if "bright square" in p.split("bright square", 1)[-1] else "0" for p in prompts]
+
+    judge.name = "a test"
+    record = evaluate("vqa", Looks(), bright, tmp_path / "run", quiet=True, judge=judge)
+    judged = [s for s in record["scores"] if "judge" in s["name"] and s["slice"] == "all"]
+    assert judged and any("a test" in s["convention"] for s in judged)
