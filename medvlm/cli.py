@@ -259,6 +259,7 @@ def evaluate_arguments(parser: Parser) -> None:
     parser.add_argument("--no-image", action="store_true", help="ask everything again without the image, and score it beside")
     parser.add_argument("--calibrate", action="store_true", help="predict val too, fit calibration there, and score the confidence after it")
     parser.add_argument("--ask-sure", action="store_true", help="ask the model after every answer how sure it is, and score that confidence too")
+    parser.add_argument("--again", type=int, default=0, metavar="N", help="ask everything N times more at temperature 1, and score agreement and semantic entropy as confidence")
     parser.add_argument("--judge", metavar="MODEL", help="a model that judges open answers too, e.g. openai:http://localhost:8000/v1")
     parser.add_argument("--retry-errors", action="store_true", help="ask again what failed in an earlier start of this run")
     parser.add_argument("--json", action="store_true", help="print scores.json")
@@ -273,7 +274,7 @@ def evaluate(args: argparse.Namespace) -> int:
     model = _model(args)
     words = load(f"blind:{args.model}", args.device, args.allow_upload) if args.no_image else None
     judge = _judge(load(args.judge, args.device, args.allow_upload)) if args.judge else None
-    record = run.evaluate(args.task, model, args.data, args.out, args.split, args.convention, args.limit, words, args.retry_errors, judge, args.json, planned, args.calibrate, args.ask_sure)
+    record = run.evaluate(args.task, model, args.data, args.out, args.split, args.convention, args.limit, words, args.retry_errors, judge, args.json, planned, args.calibrate, args.ask_sure, args.again)
     return _scored(record, args)
 
 

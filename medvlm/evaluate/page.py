@@ -210,7 +210,16 @@ def _reliability(result: Result) -> str:
     axes = "".join(f"<text x={30 + t * side:.0f} y={side + 26} text-anchor=middle>{t:g}</text><text x=24 y={14 + (1 - t) * side:.0f} text-anchor=end>{t:g}</text>" for t in (0, 0.5, 1))
     picture = (f"<svg width={side + 50} height={side + 50}><rect x=30 y=10 width={side} height={side} fill=none stroke='#c9d1dd'/><path d='M30 {10 + side}L{30 + side} 10' stroke='#8d99ae' stroke-dasharray='4 3'/>"
                f"{dots}{axes}<text x={30 + side / 2} y={side + 44} text-anchor=middle>confidence</text></svg>")  # fmt: skip
-    return f"<div class=two><div><h3>Is its confidence honest?</h3>{picture}</div><p class=soft style='max-width:40ch;margin-top:48px'>Each point is one of the bins of the ECE, its size the number of answers, its height the share of them that is right. On the dashed line confidence and truth agree. {int((~kept).sum())} answers came without a probability.</p></div>" + _table(result.trust, {})
+    return f"<div class=two><div><h3>Is its confidence honest?</h3>{picture}</div><p class=soft style='max-width:40ch;margin-top:48px'>Each point is one of the bins of the ECE, its size the number of answers, its height the share of them that is right. On the dashed line confidence and truth agree. {int((~kept).sum())} answers came without a probability.</p></div>" + _trusted(result.trust)
+
+
+def _trusted(scores: Sequence[Score]) -> str:
+    """One table for each source of confidence, the model's own first."""
+    tables = []
+    for part in dict.fromkeys(s.slice for s in scores):
+        title = "" if part == "all" else f"<h3>Confidence by {escape(part.partition('=')[2])}</h3>"
+        tables.append(title + _table([s for s in scores if s.slice == part], {}))
+    return "".join(tables)
 
 
 def _cases(result: Result) -> str:

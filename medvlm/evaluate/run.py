@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,8 +32,8 @@ EXTRA = 6
 """Tasks of this rank or higher run only when they are asked for by name: they predict every question many times."""
 
 
-NO_IMAGE, VAL, SURE = (f"predictions-{what}.jsonl" for what in ("no-image", "val", "sure"))
-"""Beside predictions.jsonl: the same without the image, the answers of val, and how sure the model says it is."""
+NO_IMAGE, VAL, SURE, AGAIN = (f"predictions-{what}.jsonl" for what in ("no-image", "val", "sure", "again"))
+"""Beside predictions.jsonl: the same without the image, the answers of val, how sure the model says it is, more answers."""
 LOTS, LOTS_UP_TO = 20, 1000
 """Lots drawn for the random baseline, and up to how many samples; fewer where there are more."""
 
@@ -137,7 +137,8 @@ def _convention(task: Task, name: str, wanted: str | None, alone: bool) -> str:
 
 def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, split: str = "test", convention: str | None = None,
              limit: int | None = None, words: Predictor | None = None, retry_errors: bool = False, judge: Callable | None = None,
-             quiet: bool = False, planned: tuple[Data, list[Job]] | None = None, calibrate: bool = False, ask_sure: bool = False) -> dict[str, Any]:  # fmt: skip
+             quiet: bool = False, planned: tuple[Data, list[Job]] | None = None, calibrate: bool = False, ask_sure: bool = False,
+             again: int = 0) -> dict[str, Any]:  # fmt: skip
     """Predict what is not yet in ``out/predictions.jsonl``, then :func:`score`.
 
     Args:
@@ -147,11 +148,15 @@ def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, sp
         planned: what :func:`plan` gave for these arguments, where it was called before.
         calibrate: predict val too, fit temperature, Platt and isotonic calibration there, and score the confidence after each.
         ask_sure: ask the model after every answer how sure it is, and score that confidence too.
+        again: ask everything so many times more at ``temperature`` 1, and score how far those answers agree as confidence.
 
     Raises:
-        UsageError: RUN_DIFFERS when ``out`` holds another run.
+        UsageError: RUN_DIFFERS when ``out`` holds another run; BAD_ARGUMENT where a model that cannot be asked at a
+            temperature is to be asked again.
     """
     out = Path(out)
+    if again and not hasattr(model, "temperature"):
+        raise UsageError(f"{model.name} has no temperature, so asking it again tells nothing", "BAD_ARGUMENT", "leave --again out")
     data, jobs = planned or plan(name, where, split, convention, limit)
     about = {
         "task": name, "data": str(Path(where).resolve()), "split": split, "convention": convention, "limit": limit, "seed": SEED,
@@ -168,6 +173,13 @@ def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, sp
         _predict([j for j in plan(name, where, "val", convention, limit)[1] if j.task.blind], model, out / VAL, retry_errors, quiet, "val")
     if ask_sure:
         _predict([_sure(j, j.predictions(out / "predictions.jsonl")) for j in jobs if j.task.blind], model, out / SURE, retry_errors, quiet, "how sure")
+    if again:
+        before, model.temperature = model.temperature, 1.0
+        try:
+            _predict([_again(j, again) for j in jobs if j.task.blind], model, out / AGAIN, retry_errors, quiet, "again")
+        finally:
+            model.temperature = before
+        _note(out, again=again)
     if left_out:
         _note(out, left_out_predictions=left_out)
     return score(out, judge=judge, planned=(data, jobs))
@@ -261,11 +273,16 @@ def score(out: str | Path, where: str | Path | None = None, convention: str | No
         val = {j.name: j for j in plan(about["task"], where or about["data"], "val", convention or about["convention"], about["limit"])[1] if j.task.blind}
     for job in jobs:
         predictions = job.predictions(out / "predictions.jsonl")
-        stated = None
+        other: dict[str, list[float]] = {}
         if job.task.blind and (out / SURE).is_file():
-            stated = [trust.said_sure(p.text) for p in _sure(job, predictions).predictions(out / SURE)]
+            other["asked"] = [trust.said_sure(p.text) for p in _sure(job, predictions).predictions(out / SURE)]
+        if job.task.blind and (out / AGAIN).is_file():
+            texts = [p.text for p in _again(job, about["again"]).predictions(out / AGAIN)]
+            drawn = [texts[k : k + about["again"]] for k in range(0, len(texts), about["again"])]
+            other["agreement"] = [trust.agreement(p.text, texts) for p, texts in zip(predictions, drawn)]
+            other["semantic entropy"] = [trust.semantic_confidence(texts) for texts in drawn]
         fitted = calibrators(val[job.name], val[job.name].predictions(out / VAL)) if job.name in val else []
-        scores, sure, slices = told(job, predictions, judge, fitted, stated)
+        scores, sure, slices = told(job, predictions, judge, fitted, other)
         baselines: dict[str, list[Score]] = {}
         if job.task.blind:
             train = answers_of_train(job, data, about["split"])
@@ -320,9 +337,9 @@ def run_of(out: Path) -> dict[str, Any]:
 
 
 def told(job: Job, predictions: Sequence[Prediction], judge: Callable | None = None, fitted: Sequence[trust.Calibrator] = (),
-         stated: Sequence[float] | None = None) -> tuple[list[Score], list[Score], list[Score]]:  # fmt: skip
+         other: Mapping[str, Sequence[float]] | None = None) -> tuple[list[Score], list[Score], list[Score]]:  # fmt: skip
     """The scores of a job, with the gaps between groups; how far its confidence can be trusted, where answers are right or
-    wrong; the scores again by slices. stated: the confidence that the model gave when it was asked for it.
+    wrong; the scores again by slices. other: confidence from elsewhere, by name, one a sample.
     """
     scores = _named(job, job.task.score(job.samples, predictions, job.convention))
     if judge is not None and job.name == "vqa":
@@ -334,9 +351,9 @@ def told(job: Job, predictions: Sequence[Prediction], judge: Callable | None = N
         at, values = right
         samples, kept = [job.samples[i] for i in at], [predictions[i] for i in at]
         sure = _named(job, trust.scores(samples, kept, values, calibrators=fitted))
-        if stated is not None:
-            asked = trust.scores(samples, kept, values, [stated[i] for i in at])
-            sure += _named(job, (replace(s, slice="confidence=asked") for s in asked))
+        for name, confidence in (other or {}).items():
+            told_so = trust.scores(samples, kept, values, [confidence[i] for i in at])
+            sure += _named(job, (replace(s, slice=f"confidence={name}") for s in told_so))
     parts = sliced(scores, job.samples)
     if head := page.headline(job.samples, scores):
         scores += _named(job, gaps(head, job.samples))
@@ -359,6 +376,12 @@ def calibrators(job: Job, predictions: Sequence[Prediction]) -> list[trust.Calib
         return []
     pairs = [(c, r) for c, r, i in zip(trust.confidences([predictions[i] for i in right[0]]), right[1], right[0]) if predictions[i].error is None]
     return [trust.Calibrator.fit(kind, *map(np.array, zip(*pairs))) for kind in ("temperature", "platt", "isotonic")] if pairs else []
+
+
+def _again(job: Job, times: int) -> Job:
+    """The job of asking everything so many times again; the answers to one sample follow one another."""
+    asked = [replace(s, id=f"{s.id}@{k + 1}") for s in job.asked() for k in range(times)]
+    return replace(job, samples=asked, ids=[s.id for s in asked])
 
 
 def _sure(job: Job, predictions: Sequence[Prediction]) -> Job:

@@ -31,12 +31,17 @@ def verb_of(sample: Sample) -> str:
 
 
 class Model:
-    """name, version, sha256: what made the answers, for reports. reads: modalities it was trained on, () for any."""
+    """name, version, sha256: what made the answers, for reports. reads: modalities it was trained on, () for any.
+
+    temperature: 0 for the likeliest answer; above, answers are drawn from the model's own distribution to that power, so
+    that asking again shows how much it wavers.
+    """
 
     name = "model"
     version = "0"
     sha256: str | None = None
     reads: tuple[str, ...] = ()
+    temperature = 0.0
 
     def ask(self, study, question: str, image: str | None = None) -> Answer:
         """One answer to one question. ``image``: id, where the study holds several."""
@@ -83,6 +88,13 @@ class Model:
         except Exception as error:  # one bad item must not lose the others; a foreign text may quote the patient's file
             result = Prediction(sample.id, error=f"INTERNAL: {type(error).__name__}")
         return Prediction(**{**vars(result), "seconds": time.perf_counter() - began})
+
+    def _pick(self, chances: Mapping[str, float]) -> str:
+        """One of these answers, by ``temperature``."""
+        if not self.temperature:
+            return max(chances, key=lambda k: chances[k])
+        weights = np.array(list(chances.values()), float) ** (1 / self.temperature)
+        return list(chances)[np.random.default_rng().choice(len(weights), p=weights / weights.sum())]
 
     def _do(self, verb: str, sample: Sample) -> Prediction:
         if verb == "ask":

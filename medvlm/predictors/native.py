@@ -164,7 +164,7 @@ class NativeModel(Model):
                 scale, shift = self.vlm.config.about.get("calibration", {}).get("yes_no", (1.0, 0.0))
                 yes = float(torch.sigmoid((score[0] - score[1]) * scale + shift))
                 chances = {"yes": yes, "no": 1 - yes}
-            text = max(chances, key=chances.get)
+            text = self._pick(chances)
             answers.append((text, chances[text], chances))
         return answers
 
@@ -406,16 +406,17 @@ class NativeModel(Model):
 
     @torch.no_grad()
     def _write(self, images: Mapping[str, Image | Volume], conversations: Sequence[Sequence[Turn]], most: int = 48) -> tuple[list[str], list[float]]:
-        """Greedy answers, and the probability the model gives to each as a whole."""
+        """Answers by ``temperature``, and the probability the model gives to each as a whole."""
         never = self.tokenizer.convert_tokens_to_ids([IMAGE, SEG, *ROLES])
         end = self.tokenizer.convert_tokens_to_ids(END)
         rows = [self._encoded(images, turns, False) for turns in conversations]
         if shared := self._shared(images, rows):
             tree, length = shared
-            ids = tree.write([r.ids[length:] for r in rows], most, end, never)
+            ids = tree.write([r.ids[length:] for r in rows], most, end, never, self.temperature)
         else:
             batch, features = self._batch(images, conversations)
-            ids = self.vlm.generate(**batch.inputs(), features=features, max_new_tokens=most, suppress_tokens=never, do_sample=False,
+            drawn = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+            ids = self.vlm.generate(**batch.inputs(), features=features, max_new_tokens=most, suppress_tokens=never, **drawn,
                                     pad_token_id=self.tokenizer.pad_token_id, eos_token_id=end)  # fmt: skip
         texts = [t.strip() for t in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
         said = [(*turns, Turn("assistant", text)) for turns, text in zip(conversations, texts)]

@@ -140,7 +140,7 @@ class OpenAIModel(Chat):
         if reason == "length":
             log.warning("%s: the answer was cut at %d tokens", self.name, asked.most)
         if chances:
-            text = max(chances, key=chances.get)
+            text = self._pick(chances)
             return Answer(text, chances[text], chances)
         text = text.strip()
         if asked.choices:
@@ -151,7 +151,7 @@ class OpenAIModel(Chat):
     def _complete(self, body: dict, most: int):
         """A chat completion; an option that the server names while it refuses is left out from then on."""
         while True:
-            options = {"temperature": 0, "logprobs": True, "top_logprobs": 20, "max_tokens": most}
+            options = {"temperature": self.temperature, "logprobs": True, "top_logprobs": 20, "max_tokens": most}
             sent = {k: v for k, v in options.items() if k not in self._left_out}
             if "max_tokens" in self._left_out:
                 sent["max_completion_tokens"] = most  # OpenAI's newer name

@@ -83,15 +83,15 @@ class Tree:
         self.cut()
         return torch.stack([part.sum() for part in chance.split([len(a) for a in answers])])
 
-    def write(self, prompts: Sequence[Sequence[int]], most: int, end: int, never: Sequence[int]) -> list[list[int]]:
-        """Greedy answers of at most ``most`` tokens, without ``end``; tokens in ``never`` are not written."""
+    def write(self, prompts: Sequence[Sequence[int]], most: int, end: int, never: Sequence[int], temperature: float = 0.0) -> list[list[int]]:
+        """Answers of at most ``most`` tokens, without ``end``, greedy or drawn at a temperature; tokens in ``never`` are not written."""
         logits, paths = self.plant(prompts)
         tips = [path[-1] for path in paths]
         answers: list[list[int]] = [[] for _ in prompts]
         last, open_rows = logits[torch.tensor(tips, device=logits.device)], list(range(len(prompts)))
         for step in range(most):
             last[:, list(never)] = -torch.inf
-            chosen = last.argmax(-1).tolist()
+            chosen = ((last / temperature).softmax(-1).multinomial(1)[:, 0] if temperature else last.argmax(-1)).tolist()
             kept = [(row, token) for row, token in zip(open_rows, chosen) if token != end]
             for row, token in kept:
                 answers[row].append(token)

@@ -225,7 +225,7 @@ class TransformersModel(Chat):
         scores = self._likelihood([self._answer_tokens(asked, form) for _, form in spelled], prompt, logits, cache)
         whole = torch.stack([torch.logsumexp(torch.stack([s for s, (of, _) in zip(scores, spelled) if of == choice]), 0) for choice in asked.choices])
         chances = dict(zip(asked.choices, whole.softmax(0).tolist()))
-        text = max(chances, key=chances.get)
+        text = self._pick(chances)
         return Answer(text, chances[text], chances)
 
     def _answer_tokens(self, asked: Request, answer: str) -> list[int]:
@@ -261,12 +261,12 @@ class TransformersModel(Chat):
         return found
 
     def _write(self, asked: Request, prompt: BatchFeature, logits: Tensor, cache: Cache) -> Answer:
-        """The greedy answer and its probability as a whole, its end mark included."""
+        """The answer by ``temperature`` and its probability as a whole, its end mark included."""
         ids: list[int] = []
         total = 0.0
         for _ in range(min(asked.most, self.limit - prompt["input_ids"].shape[1])):
             chance = logits.log_softmax(-1)
-            token = int(chance.argmax())
+            token = int((chance / self.temperature).softmax(-1).multinomial(1)) if self.temperature else int(chance.argmax())
             total += float(chance[token])
             if token in self.ends:
                 break

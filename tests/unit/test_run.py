@@ -303,3 +303,29 @@ def test_a_judge_scores_open_answers_beside(bright, tmp_path):
     record = evaluate("vqa", Looks(), bright, tmp_path / "run", quiet=True, judge=judge)
     judged = [s for s in record["scores"] if "judge" in s["name"] and s["slice"] == "all"]
     assert judged and any("a test" in s["convention"] for s in judged)
+
+
+def test_a_model_is_asked_again_and_its_agreement_scored(bright, tmp_path):
+    """It wavers about dark pictures only: drawn at a temperature it says yes and no by turns."""
+
+    class Wavers(Looks):
+        temperature, drawn = 0.0, 0
+
+        def predict(self, samples):
+            found = super().predict(samples)
+            if not self.temperature:
+                return found
+            dark = next(iter(samples[0].images.values())).pixels.mean() < 100
+            self.drawn += 1
+            return [Prediction(p.id, ("yes", "no")[int(p.id[-1]) % 2]) if dark else p for p in found]
+
+    model = Wavers()
+    record = evaluate("vqa", model, bright, tmp_path / "run", quiet=True, again=4)
+    assert model.temperature == 0.0 and model.drawn
+    said = rows(tmp_path / "run" / "predictions-again.jsonl")
+    assert len(said) == 4 * 24 and [said[f"test0a@{k}"]["text"] for k in (1, 2, 3, 4)] == ["no", "yes", "no", "yes"]
+    # always right; agreement 1 on 8 closed answers, 1/2 on 8: a gap of 1/4 in the mean. Entropy: ln 2 of ln 4 is a half too
+    for source in ("agreement", "semantic entropy"):
+        assert named(record, "ECE", f"confidence={source}")["value"] == pytest.approx(0.25)
+    with pytest.raises(MedVLMError, match="no temperature"):
+        evaluate("vqa", Constant(), bright, tmp_path / "other", quiet=True, again=2)

@@ -107,3 +107,19 @@ def test_the_bundled_kind_of_model_without_its_eyes(data, tiny_folder, tmp_path)
     assert record["errors"] == {"vqa": 0}
     said = rows(tmp_path / "run" / "predictions.jsonl")
     assert len({said[f"{i}-0"]["probability"] for i in range(6)}) == 1
+
+
+def test_asked_at_a_temperature_a_model_wavers_and_at_none_it_does_not(data, checkpoint, tiny_folder):
+    from medvlm.evaluate.run import plan
+    from medvlm.sample import Sample, Turn
+
+    _, (job,) = plan("vqa", data)
+    closed = job.samples[0]
+    free = Sample("free", images=closed.images, turns=(Turn("user", "Describe what you see."),))
+    for name in (f"hf:{checkpoint}", str(tiny_folder)):
+        model = load(name)
+        assert len({model.predict([closed, free])[k].text for _ in range(4) for k in (0,)}) == 1
+        assert len({model.predict([free])[0].text for _ in range(3)}) == 1
+        model.temperature = 1.0
+        assert len({model.predict([closed])[0].text for _ in range(24)}) == 2, name  # random weights: yes about as often as no
+        assert len({model.predict([free])[0].text for _ in range(4)}) > 1, name
