@@ -95,7 +95,7 @@ def main() -> None:
         same = sum(mine[i]["text"] == p.text for i, p in answers.items())
         gap = max(abs(mine[i]["choices"]["yes"] - p.choices["yes"]) for i, p in answers.items())
         print(f"{same} of {len(answers)} answers are the same, largest difference of P(yes) {gap:.1e}" + ("" if same == len(answers) and gap < 1e-4 else ": THE GATE IS CLOSED"))
-        control = pairs(run, run, args.pairs)
+        control = pairs(run, run, min(args.pairs, 3))
     print(heading(f"{args.images} images, {len(answers)} questions", control))
     print(f"| way | seconds | times the run (10-90 %) | floor |\n| --- | --- | --- | --- |\n| run | {found['ours']:.1f} | 1 | |\n| loop | {found['seconds']:.1f} | {ratio_text(found)} | {FLOOR} |")
     record({"images": args.images, "same": same, "gap": gap, "control": control, "loop": found}, args.json)

@@ -27,7 +27,8 @@ VERBS = ("ask", "report", "segment", "ground", "classify", "embed")
 
 def verb_of(sample: Sample) -> str:
     """What a sample asks for: its ``verb``, else "segment" where it holds masks, "report" where nobody asks, "ask"."""
-    return sample.verb or ("segment" if sample.masks else "ask" if sample.question or not sample.turns else "report")
+    asked = not sample.turns or any(t.role == "user" for t in sample.turns)
+    return sample.verb or ("segment" if sample.masks else "ask" if asked else "report")
 
 
 class Model:
