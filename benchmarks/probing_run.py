@@ -22,33 +22,13 @@ import numpy as np
 import torch
 from pairs import heading, pairs, ratio_text, record
 from PIL import Image as Picture
-from shared_prefix import FINDINGS
+from shared_prefix import FINDINGS, build
 
 from medvlm.datasets import manifest
 from medvlm.datasets.predictions import rows
 from medvlm.evaluate.run import evaluate
-from medvlm.language import IMAGE, SEG, train_tokenizer
-from medvlm.predictors.native import NativeModel
-from medvlm.vlm import MedVLM, MedVLMConfig
 
 FLOOR = 6.0
-
-
-def build() -> NativeModel:
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer([*[f"Is there {f} in this chest X-ray?" for f in FINDINGS] * 3, *("yes", "no") * 50], vocab_size=512)
-    tower = {"model_type": "clip_vision_model", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4, "image_size": 336, "patch_size": 14}
-    lm = {"model_type": "qwen2", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
-          "vocab_size": len(tokenizer), "max_position_embeddings": 2048, "tie_word_embeddings": True, "pad_token_id": tokenizer.pad_token_id,
-          "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}  # fmt: skip
-    parts = {
-        "encoders": {"picture": {"file": "image", "args": {"library": "transformers", "model": tower, "size": [336, 336]}}},
-        "projectors": {"picture": {"file": "mlp", "args": {"dim": 256, "lm_dim": 256}}},
-        "language": {"lm": {"file": "language", "args": lm}},
-    }
-    token = tokenizer.convert_tokens_to_ids
-    model = MedVLM(MedVLMConfig(parts, {"routes": {"*": "picture"}, "reads": ["xray"]}, image_token_id=token(IMAGE), seg_token_id=token(SEG)))
-    return NativeModel(model.eval(), tokenizer)
 
 
 def probes(folder: Path, count: int) -> Path:
@@ -71,7 +51,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(2)
-    reader = build()
+    reader = build(256, 6, 256, 6)
     with tempfile.TemporaryDirectory() as place:
         data = Path(place) / "probes"
         data.mkdir()

@@ -34,17 +34,18 @@ FINDINGS = ("consolidation", "a pleural effusion", "a pneumothorax", "cardiomega
 FLOORS = {"loop": 6.0, "batched": 5.0}
 
 
-def build() -> NativeModel:
+def build(wide: int = 512, deep: int = 12, lm_wide: int = 576, lm_deep: int = 8) -> NativeModel:
+    """A tower and a language model of these widths and depths, heads of 64."""
     torch.manual_seed(0)
     questions = [f"Is there {f} in this chest X-ray?" for f in FINDINGS]
     tokenizer = train_tokenizer([*questions * 3, *("yes", "no") * 50], vocab_size=512)
-    tower = {"model_type": "clip_vision_model", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8, "image_size": 336, "patch_size": 14}
-    lm = {"model_type": "qwen2", "hidden_size": 576, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 9, "num_key_value_heads": 3,
+    tower = {"model_type": "clip_vision_model", "hidden_size": wide, "intermediate_size": 4 * wide, "num_hidden_layers": deep, "num_attention_heads": wide // 64, "image_size": 336, "patch_size": 14}
+    lm = {"model_type": "qwen2", "hidden_size": lm_wide, "intermediate_size": lm_wide * 32 // 9, "num_hidden_layers": lm_deep, "num_attention_heads": lm_wide // 64, "num_key_value_heads": max(1, lm_wide // 192),
           "vocab_size": len(tokenizer), "max_position_embeddings": 2048, "tie_word_embeddings": True, "pad_token_id": tokenizer.pad_token_id,
           "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}  # fmt: skip
     parts = {
         "encoders": {"picture": {"file": "image", "args": {"library": "transformers", "model": tower, "size": [336, 336]}}},
-        "projectors": {"picture": {"file": "mlp", "args": {"dim": 512, "lm_dim": 576}}},
+        "projectors": {"picture": {"file": "mlp", "args": {"dim": wide, "lm_dim": lm_wide}}},
         "language": {"lm": {"file": "language", "args": lm}},
     }
     token = tokenizer.convert_tokens_to_ids

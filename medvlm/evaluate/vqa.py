@@ -19,8 +19,8 @@ from .statistics import Score
 
 
 def prepare(read: Callable[[str], list[Sample]], split: str) -> list[Sample]:
-    """The samples of a split that ask something and know the answer, probes among them."""
-    return [s for s in read(split) if s.verb in (None, "ask") and not (s.verb is None and s.masks) and s.question.strip() and known(s)]
+    """The samples of a split that ask something and have a reference, probes among them; an empty reference is counted as excluded."""
+    return [s for s in read(split) if s.verb in (None, "ask") and not (s.verb is None and s.masks) and s.question.strip() and s.answer is not None]
 
 
 def _texts(samples: Sequence[Sample], predictions: Sequence[Prediction]) -> list[str]:

@@ -208,7 +208,7 @@ def test_what_is_asked():
         replace(sample("said", "here"), masks=(Mask("i", "lung", None),), verb="ask"),
         replace(sample("classified", "x"), verb="classify"), replace(sample("probe", "yes"), group="pair"),
     ]  # fmt: skip
-    assert [s.id for s in prepare(lambda split: samples if split == "test" else [], "test")] == [*map(str, range(1, 10)), "said", "probe"]
+    assert [s.id for s in prepare(lambda split: samples if split == "test" else [], "test")] == [*map(str, range(1, 11)), "empty", "said", "probe"]
     assert prepare(lambda split: [], "test") == [] and score([], []) == []
 
 
