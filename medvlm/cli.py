@@ -248,6 +248,10 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_clinical(parser: Parser) -> None:
+    parser.add_argument("--clinical", nargs="+", default=[], metavar="NAME", help="report: scores that download weights, through RadEval (see medvlm/evaluate/clinical.py)")
+
+
 def evaluate_arguments(parser: Parser) -> None:
     parser.add_argument("task", metavar="TASK", help="a task of `medvlm list tasks`, or a data set by name: every task that finds something in it")
     add_model(parser, image=False)
@@ -257,6 +261,8 @@ def evaluate_arguments(parser: Parser) -> None:
     parser.add_argument("--convention", metavar="NAME", help="how answers are scored (see medvlm list tasks); the first is the default")
     parser.add_argument("--limit", type=int, metavar="N", help="only N samples a task, chosen by lot; said in the scores")
     parser.add_argument("--no-image", action="store_true", help="ask everything again without the image, and score it beside")
+    parser.add_argument("--prompts", metavar="NAME", help="zeroshot: a published set of prompts for class names (default: the one for the modality)")
+    add_clinical(parser)
     parser.add_argument("--calibrate", action="store_true", help="predict val too, fit calibration there, and score the confidence after it")
     parser.add_argument("--ask-sure", action="store_true", help="ask the model after every answer how sure it is, and score that confidence too")
     parser.add_argument("--again", type=int, default=0, metavar="N", help="ask everything N times more at temperature 1, and score agreement and semantic entropy as confidence")
@@ -270,11 +276,11 @@ def evaluate(args: argparse.Namespace) -> int:
     from .evaluate import run
     from .predictors import load
 
-    planned = run.plan(args.task, args.data, args.split, args.convention, args.limit)  # what cannot be scored is said before a model loads
+    planned = run.plan(args.task, args.data, args.split, args.convention, args.limit, args.prompts)  # what cannot be scored is said before a model loads
     model = _model(args)
     words = load(f"blind:{args.model}", args.device, args.allow_upload) if args.no_image else None
     judge = _judge(load(args.judge, args.device, args.allow_upload)) if args.judge else None
-    record = run.evaluate(args.task, model, args.data, args.out, args.split, args.convention, args.limit, words, args.retry_errors, judge, args.json, planned, args.calibrate, args.ask_sure, args.again)
+    record = run.evaluate(args.task, model, args.data, args.out, args.split, args.convention, args.limit, words, args.retry_errors, judge, args.json, planned, args.calibrate, args.ask_sure, args.again, args.prompts, args.clinical)
     return _scored(record, args)
 
 
@@ -282,6 +288,7 @@ def score_arguments(parser: Parser) -> None:
     parser.add_argument("run", metavar="RUN", help="folder that `medvlm evaluate` wrote")
     parser.add_argument("--data", metavar="DIR|MANIFEST", help="the data, if they have moved since")
     parser.add_argument("--convention", metavar="NAME", help="score by another convention than the run's")
+    add_clinical(parser)
     parser.add_argument("--json", action="store_true", help="print scores.json")
 
 
@@ -290,7 +297,7 @@ def score(args: argparse.Namespace) -> int:
     from .evaluate import run
 
     args.out = args.run
-    return _scored(run.score(args.run, args.data, args.convention), args)
+    return _scored(run.score(args.run, args.data, args.convention, clinical=args.clinical), args)
 
 
 def compare_arguments(parser: Parser) -> None:

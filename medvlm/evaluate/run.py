@@ -21,7 +21,7 @@ from ..datasets.predictions import append_predictions, mend, read_predictions, r
 from ..errors import MedVLMError, ModelError, UsageError
 from ..imaging.files import writing
 from ..sample import NOTICE, Prediction, Sample
-from . import blind, page, trust
+from . import blind, page, trust, zeroshot
 from .base import Task
 from .gaps import gaps
 from .statistics import DRAWS, SEED, Score, mean_score, statistic_score
@@ -63,15 +63,19 @@ class Job:
         return [replace(p, id=s.id) for p, s in zip(read_predictions(file, self.asked()), self.samples)]
 
 
-def plan(name: str, where: str | Path, split: str = "test", convention: str | None = None, limit: int | None = None) -> tuple[Data, list[Job]]:
+def plan(name: str, where: str | Path, split: str = "test", convention: str | None = None, limit: int | None = None,
+         prompts: str | None = None) -> tuple[Data, list[Job]]:  # fmt: skip
     """What a run predicts. name: a task, or a data set, which is scored by every task that finds something in it.
 
-    limit: only about so many samples of each task, chosen by lot with ``SEED``; pairs stay whole.
+    limit: only about so many samples of each task, chosen by lot with ``SEED``; pairs stay whole. prompts: the published set
+    (``zeroshot.PROMPTS``) that a CLIP model is given for class names, in place of the one for the modality.
 
     Raises:
         UsageError: BAD_ARGUMENT for an unknown convention. ModelError: NO_SUCH_DATA, NO_SAMPLES.
     """
     known: dict[str, Task] = parts.every("evaluate", "TASK")
+    if prompts is not None and prompts not in zeroshot.PROMPTS:
+        raise UsageError(f"there are no prompts {prompts!r}", "BAD_ARGUMENT", f"use {', '.join(zeroshot.PROMPTS)}")
     try:
         data = open_data(where, None if name in known else name)
     except ModelError as e:
@@ -90,6 +94,8 @@ def plan(name: str, where: str | Path, split: str = "test", convention: str | No
         if not samples:
             continue
         samples = _by_lot(samples, limit) if limit is not None else samples
+        if prompts is not None:
+            samples = [replace(s, meta={**s.meta, "prompts": prompts}) if s.verb == "classify" else s for s in samples]
         # one answer serves every task that asks the same; where a task asks something else of it, its name tells them apart
         ids = [s.id if taken.setdefault(s.id, f"{s.verb} {bool(s.masks)}") == f"{s.verb} {bool(s.masks)}" else f"{s.id}#{task}" for s in samples]
         jobs.append(Job(task, known[task], _convention(known[task], task, convention, len(wanted) == 1), samples, ids))
@@ -138,7 +144,7 @@ def _convention(task: Task, name: str, wanted: str | None, alone: bool) -> str:
 def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, split: str = "test", convention: str | None = None,
              limit: int | None = None, words: Predictor | None = None, retry_errors: bool = False, judge: Callable | None = None,
              quiet: bool = False, planned: tuple[Data, list[Job]] | None = None, calibrate: bool = False, ask_sure: bool = False,
-             again: int = 0) -> dict[str, Any]:  # fmt: skip
+             again: int = 0, prompts: str | None = None, clinical: Sequence[str] = ()) -> dict[str, Any]:  # fmt: skip
     """Predict what is not yet in ``out/predictions.jsonl``, then :func:`score`.
 
     Args:
@@ -148,6 +154,7 @@ def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, sp
         planned: what :func:`plan` gave for these arguments, where it was called before.
         calibrate: predict val too, fit temperature, Platt and isotonic calibration there, and score the confidence after each.
         ask_sure: ask the model after every answer how sure it is, and score that confidence too.
+        prompts: see :func:`plan`. clinical: see :func:`score`.
         again: ask everything so many times more at ``temperature`` 1, and score how far those answers agree as confidence.
 
     Raises:
@@ -157,9 +164,9 @@ def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, sp
     out = Path(out)
     if again and not hasattr(model, "temperature"):
         raise UsageError(f"{model.name} has no temperature, so asking it again tells nothing", "BAD_ARGUMENT", "leave --again out")
-    data, jobs = planned or plan(name, where, split, convention, limit)
+    data, jobs = planned or plan(name, where, split, convention, limit, prompts)
     about = {
-        "task": name, "data": str(Path(where).resolve()), "split": split, "convention": convention, "limit": limit, "seed": SEED,
+        "task": name, "data": str(Path(where).resolve()), "split": split, "convention": convention, "limit": limit, "seed": SEED, "prompts": prompts,
         "fingerprint": data.fingerprint,
         "model": {k: getattr(model, k, None) for k in ("name", "version", "sha256")},
     }  # fmt: skip
@@ -182,7 +189,7 @@ def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, sp
         _note(out, again=again)
     if left_out:
         _note(out, left_out_predictions=left_out)
-    return score(out, judge=judge, planned=(data, jobs))
+    return score(out, judge=judge, planned=(data, jobs), clinical=clinical)
 
 
 def _begin(out: Path, about: dict[str, Any]) -> None:
@@ -254,17 +261,18 @@ def ask(model: Predictor, samples: Sequence[Sample]) -> list[Prediction]:
 
 
 def score(out: str | Path, where: str | Path | None = None, convention: str | None = None, judge: Callable | None = None,
-          planned: tuple[Data, list[Job]] | None = None) -> dict[str, Any]:  # fmt: skip
+          planned: tuple[Data, list[Job]] | None = None, clinical: Sequence[str] = ()) -> dict[str, Any]:  # fmt: skip
     """Score the predictions of a run again, without its model; writes scores.json, the tables and report.html.
 
-    where: the data, if they have moved. convention: another than the run's.
+    where: the data, if they have moved. convention: another than the run's. clinical: scores of reports that need downloaded
+    weights, by the names of :mod:`.clinical`.
 
     Raises:
         UsageError: NOT_A_RUN; DATA_DIFFER when the data are not those that were predicted.
     """
     out = Path(out)
     about = run_of(out)
-    data, jobs = planned or plan(about["task"], where or about["data"], about["split"], convention or about["convention"], about["limit"])
+    data, jobs = planned or plan(about["task"], where or about["data"], about["split"], convention or about["convention"], about["limit"], about.get("prompts"))
     if data.fingerprint != about["fingerprint"]:
         raise UsageError("the data have changed since they were predicted", "DATA_DIFFER", "give --data with the data of the run, or predict again")
     results = []
@@ -283,6 +291,10 @@ def score(out: str | Path, where: str | Path | None = None, convention: str | No
             other["semantic entropy"] = [trust.semantic_confidence(texts) for texts in drawn]
         fitted = calibrators(val[job.name], val[job.name].predictions(out / VAL)) if job.name in val else []
         scores, sure, slices = told(job, predictions, judge, fitted, other)
+        if clinical and job.name == "report":
+            from .clinical import clinical as weighed
+
+            scores += _named(job, weighed(job.samples, predictions, clinical, job.convention))
         baselines: dict[str, list[Score]] = {}
         if job.task.blind:
             train = answers_of_train(job, data, about["split"])

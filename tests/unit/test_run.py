@@ -329,3 +329,32 @@ def test_a_model_is_asked_again_and_its_agreement_scored(bright, tmp_path):
         assert named(record, "ECE", f"confidence={source}")["value"] == pytest.approx(0.25)
     with pytest.raises(MedVLMError, match="no temperature"):
         evaluate("vqa", Constant(), bright, tmp_path / "other", quiet=True, again=2)
+
+
+def test_prompts_are_named_and_kept_with_the_run(bright, tmp_path):
+    manifest = bright / "manifest.jsonl"
+    lines = [json.loads(line) | {"findings": {"bright": i % 2, "dark": 1 - i % 2}} for i, line in enumerate(manifest.read_text().splitlines())]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = set()
+
+    class Names:
+        name = "names"
+
+        def predict(self, samples):
+            seen.update(s.meta["prompts"] for s in samples)
+            return [Prediction(s.id, choices=dict.fromkeys(s.choices, 0.5)) for s in samples]
+
+    evaluate("zeroshot", Names(), bright, tmp_path / "run", prompts="chexzero", quiet=True)
+    assert seen == {"chexzero"} and json.loads((tmp_path / "run" / "run.json").read_text())["prompts"] == "chexzero"
+    with pytest.raises(MedVLMError, match="there are no prompts"):
+        plan("zeroshot", bright, prompts="mine")
+
+
+def test_scores_that_need_weights_are_never_passed_over_in_silence(bright, tmp_path):
+    manifest = bright / "manifest.jsonl"
+    lines = [json.loads(line) | {"text": "FINDINGS: Clear lungs."} for line in manifest.read_text().splitlines()]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluate("report", Constant(), bright, tmp_path / "run", quiet=True)
+    with pytest.raises(MedVLMError) as wrong:
+        score(tmp_path / "run", clinical=("no such score",))
+    assert wrong.value.code in ("BAD_ARGUMENT", "MISSING_EXTRA")
