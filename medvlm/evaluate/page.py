@@ -6,17 +6,17 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
 
 import numpy as np
 
 from ..errors import MedVLMError
-from ..imaging.export import outlined
+from ..imaging.export import COLOURS, outlined
 from ..sample import Prediction, Region, Sample
 from . import trust
-from .statistics import Score
+from .statistics import Items, Score
 
 WORST = 12
 """Cases shown of each kind."""
@@ -41,10 +41,12 @@ class Result:
 
 
 def number(value: float | None, unit: str = "") -> str:
-    """A score for people: a fraction as per cent with one digit, other units with two; "–" where there is none."""
+    """A score for people: a fraction as per cent with one digit, other units with two, or none where it is whole or large; "–" where there is none."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:.2f}{' ' + unit if unit else ''}" if unit else f"{100 * value:.1f}"
+    if not unit:
+        return f"{100 * value:.1f}"
+    return f"{value:.0f} {unit}" if float(value).is_integer() or abs(value) >= 1000 else f"{value:.2f} {unit}"
 
 
 def _span(score: Score) -> str:
@@ -183,8 +185,16 @@ def _conventions(result: Result) -> str:
 
 
 def headline(samples: Sequence[Sample], scores: Sequence[Score]) -> Score | None:
-    """The first score that is a mean over samples: its lowest items are the worst cases."""
+    """The first score that is a mean over samples: its lowest items are the worst cases. Where the first score is a mean over
+    labels, the items of its labels together.
+    """
     known = {s.id for s in samples}
+    if scores and scores[0].items and scores[0].items.values is None:
+        parts = [s.items for s in scores if s.name == scores[0].name and s.slice.startswith("label=") and s.items and s.items.values is not None]
+        ids, clusters = (tuple(x for p in parts for x in of(p)) for of in (lambda p: p.ids, lambda p: p.clusters))
+        if parts and set(ids) <= known:
+            values = np.concatenate([p.values for p in parts])
+            return replace(scores[0], items=Items(ids, clusters, lambda i: float(values[i].mean()), values))
     return next((s for s in scores if s.slice == "all" and s.items and s.items.values is not None and set(s.items.ids) <= known), None)
 
 
@@ -231,7 +241,7 @@ def _cases(result: Result) -> str:
     worst_first = 1 if score.better == "higher" else -1
     value = dict(zip(score.items.ids, score.items.values))
     order = sorted(value, key=lambda i: (worst_first * value[i], -np.nan_to_num(_confidence(predictions[i]))))
-    binary = set(value.values()) <= {0.0, 1.0}
+    binary = set(value.values()) <= {0.0, 1.0} and not any(samples[i].masks for i in value)
     bad = [i for i in order if value[i] != (1.0 if worst_first > 0 else 0.0)]
     sure = [i for i in bad if _confidence(predictions[i]) >= 0.5] if binary else []
     groups = [("Wrong, and surest of it", sure[:WORST]), ("Other wrong answers", [i for i in bad if i not in sure][:WORST])] if binary else [("Worst cases", bad[:WORST])]
@@ -255,7 +265,7 @@ def _card(sample: Sample, prediction: Prediction, value: float, score: Score, no
         chance = _confidence(prediction)
         lines.append(f"<span class=wrong>said: {escape(prediction.text[:400]) or '(nothing)'}{f' ({chance:.0%})' if math.isfinite(chance) else ''}</span>")
     if sample.masks:
-        lines.append(f"<b>{escape(', '.join(m.label for m in sample.masks))}</b><span class=soft>first colour: reference, second: model</span>")
+        lines.append(f"<b>{escape(', '.join(m.label for m in sample.masks))}</b> <span style='color:{COLOURS[0]}'>reference</span>, <span style='color:{COLOURS[1]}'>model</span>")
     if not set(score.items.values) <= {0.0, 1.0}:
         lines.append(f"{escape(score.name)} {number(value, score.unit)}")
     if note:

@@ -358,3 +358,34 @@ def test_scores_that_need_weights_are_never_passed_over_in_silence(bright, tmp_p
     with pytest.raises(MedVLMError) as wrong:
         score(tmp_path / "run", clinical=("no such score",))
     assert wrong.value.code in ("BAD_ARGUMENT", "MISSING_EXTRA")
+
+
+def test_the_worst_outlines_are_shown_where_there_are_several_labels(tmp_path):
+    """The score over labels is a mean of means; the cases are those of its labels."""
+    from medvlm.evaluate.page import headline, number
+
+    folder, lines = tmp_path / "masks", []
+    folder.mkdir()
+    for i in range(3):
+        Picture.fromarray(np.full((16, 16), 90, np.uint8)).save(folder / f"{i}.png")
+        for name in ("heart", "lung"):
+            mask = np.zeros((16, 16), bool)
+            mask[2:10, 2 : 8 if name == "lung" else 6] = True
+            Picture.fromarray(mask).save(folder / f"{i}-{name}.png")
+        lines.append({"id": str(i), "image": f"{i}.png", "modality": "xray", "mask": {"type": "binary", "files": {n: f"{i}-{n}.png" for n in ("heart", "lung")}}})
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    class Lungs:
+        name = "lungs"
+
+        def predict(self, samples):
+            return [Prediction(s.id, masks=tuple(m for m in s.masks if m.label == "lung")) for s in samples]
+
+    record = evaluate("segment", Lungs(), folder, tmp_path / "run", quiet=True)
+    assert named(record, "Dice")["value"] == 0.5 and named(record, "Dice", "label=lung")["value"] == 1.0
+    _, (job,) = plan("segment", folder)
+    head = headline(job.samples, job.task.score(job.samples, Lungs().predict(job.samples), job.convention))
+    assert dict(zip(head.items.ids, head.items.values)) == {f"{i}/{n}": float(n == "lung") for i in range(3) for n in ("heart", "lung")}
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Worst cases" in page and page.count("data:image/jpeg;base64,") == 3  # the three hearts, no lung
+    assert (number(33.0, "cases"), number(12.345, "mm"), number(5027.4, "px"), number(0.5), number(float("nan"))) == ("33 cases", "12.35 mm", "5027 px", "50.0", "–")
