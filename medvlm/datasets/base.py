@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import parts
-from ..errors import ModelError
+from ..errors import MedVLMError, ModelError
 from ..sample import Sample
 from . import manifest
 
 SPLITS = ("train", "val", "test")
+ASKING = ("qa", "mask", "text", "boxes", "findings")
+"""Fields of a manifest row that a task can ask about; a row without them whose image cannot be opened is passed over."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,13 @@ class Data:
             yield from adapter.samples(folder, split) if split in adapter.splits else ()
             return
         for row in manifest.rows(folder):
-            if row.get("split") == split:
+            if row.get("split") != split:
+                continue
+            try:
                 yield from manifest.row_samples({**row, "image": None, "mask": None, "boxes": None} if words else row)
+            except MedVLMError:
+                if any(row.get(k) for k in ASKING):
+                    raise  # a question must not vanish with its image
 
     @property
     def fingerprint(self) -> str:

@@ -389,3 +389,16 @@ def test_the_worst_outlines_are_shown_where_there_are_several_labels(tmp_path):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Worst cases" in page and page.count("data:image/jpeg;base64,") == 3  # the three hearts, no lung
     assert (number(33.0, "cases"), number(12.345, "mm"), number(5027.4, "px"), number(0.5), number(float("nan"))) == ("33 cases", "12.35 mm", "5027 px", "50.0", "–")
+
+
+def test_a_question_does_not_vanish_with_its_image(bright):
+    """A broken file that nobody asks about is passed over; one that is asked about stops the run, with its line."""
+    (bright / "broken.png").write_bytes(b"not a picture")
+    manifest = bright / "manifest.jsonl"
+    row = {"id": "broken", "image": "broken.png", "modality": "xray", "split": "test"}
+    text = manifest.read_text()
+    manifest.write_text(text + json.dumps(row) + "\n")
+    assert len(plan("vqa", bright)[1][0].samples) == 24
+    manifest.write_text(text + json.dumps(row | {"qa": [{"qid": "b", "question": "Is it?", "answer": "yes"}]}) + "\n")
+    with pytest.raises(MedVLMError, match="line 17"):
+        plan("vqa", bright)
