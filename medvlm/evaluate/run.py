@@ -34,7 +34,7 @@ EXTRA = 6
 
 NO_IMAGE, VAL, SURE, AGAIN = (f"predictions-{what}.jsonl" for what in ("no-image", "val", "sure", "again"))
 """Beside predictions.jsonl: the same without the image, the answers of val, how sure the model says it is, more answers."""
-LOTS, LOTS_UP_TO = 20, 100
+LOTS, LOTS_UP_TO = 20, 350
 """Lots drawn for the random baseline, and up to how many samples; fewer where there are more."""
 
 
