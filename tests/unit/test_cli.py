@@ -136,8 +136,8 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
 
 
 def test_ctrl_c_is_130_and_one_line(tmp_path):
-    """Sent while the study is being read."""
-    code = "import sys, time, medvlm.imaging.study as s; s.read = lambda *a, **k: (print('ready', flush=True), time.sleep(3600)); from medvlm.cli import main; sys.exit(main(['show', 'x']))"
+    """Sent while the study is being read. A shell that starts jobs in the background has them ignore it, children included."""
+    code = "import signal, sys, time, medvlm.imaging.study as s; signal.signal(signal.SIGINT, signal.default_int_handler); s.read = lambda *a, **k: (print('ready', flush=True), time.sleep(3600)); from medvlm.cli import main; sys.exit(main(['show', 'x']))"
     p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert p.stdout.readline() == "ready\n"
     time.sleep(0.1)
