@@ -155,8 +155,14 @@ def visit(browser, address):
 
 
 def choose(visit, study: str) -> None:
-    visit.page.locator("#mv-study input").click()
-    visit.page.get_by_role("option", name=study).click()
+    box = visit.page.locator("#mv-study input")
+    for _ in range(3):  # a list that is drawn anew while the mouse is on its way swallows the click
+        box.click()
+        visit.page.get_by_role("option", name=study).click()
+        visit.page.wait_for_timeout(300)
+        if study in box.input_value():
+            return
+    raise AssertionError(f"the page shows {box.input_value()!r}, not {study!r}")
 
 
 def colours(pixels: np.ndarray) -> int:
