@@ -1,6 +1,6 @@
 """The rule labeller against the MeSH codes and Rad-ReStruct positives of the Indiana chest X-ray reports.
 
-    python benchmarks/labeller_iu.py --data ../shared/data/report_iu --split val [--errors]
+    python benchmarks/labeller_iu.py --data DIR/report_iu --split val [--errors]
 
 Two indexers wrote the MeSH codes after reading the report, and Rad-ReStruct was made of these codes: both hold what is
 there, never what is denied. A finding is positive where either says so, by the two tables below. Reports marked

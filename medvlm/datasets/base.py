@@ -42,8 +42,8 @@ class Data:
 
     folders: dict[str, tuple[Path, Dataset | None]]
 
-    def samples(self, split: str | None, words: bool = False) -> list[Sample]:
-        """The samples of a split; None: the rows of manifests that name no split.
+    def samples(self, *splits: str | None, words: bool = False) -> list[Sample]:
+        """The samples of these splits; None: the rows of manifests that name no split.
 
         With several data sets ids are NAME/ID. ``meta["dataset"]`` names the set. words: only what is asked and answered;
         no image of a manifest is opened.
@@ -51,7 +51,7 @@ class Data:
         found: list[Sample] = []
         for name, (folder, adapter) in self.folders.items():
             mark = f"{name}/" if len(self.folders) > 1 else ""
-            for s in self._read(folder, adapter, split, words):
+            for s in self._read(folder, adapter, splits, words):
                 found.append(replace(s, id=mark + s.id, group=mark + s.group if s.group else None, meta={**s.meta, "dataset": name}))
         return found
 
@@ -61,19 +61,20 @@ class Data:
         Raises:
             ModelError: NO_SAMPLES, with what there is, when there are none.
         """
-        found = self.samples(split) + self.samples(None)
+        found = self.samples(split, None)
         if not found:
-            there = [s for s in SPLITS if s != split and any(True for f, a in self.folders.values() for _ in self._read(f, a, s, True))]
+            there = [s for s in SPLITS if s != split and any(True for f, a in self.folders.values() for _ in self._read(f, a, (s,), True))]
             raise ModelError(f"there are no samples of split {split!r}", "NO_SAMPLES", f"there is --split {' or '.join(there)}" if there else "give another --data")
         return found
 
     @staticmethod
-    def _read(folder: Path, adapter: Dataset | None, split: str | None, words: bool) -> Iterator[Sample]:
+    def _read(folder: Path, adapter: Dataset | None, splits: tuple[str | None, ...], words: bool) -> Iterator[Sample]:
         if adapter is not None:
-            yield from adapter.samples(folder, split) if split in adapter.splits else ()
+            for split in splits:
+                yield from adapter.samples(folder, split) if split in adapter.splits else ()
             return
         for row in manifest.rows(folder):
-            if row.get("split") != split:
+            if row.get("split") not in splits:
                 continue
             try:
                 yield from manifest.row_samples({**row, "image": None, "mask": None, "boxes": None} if words else row)

@@ -30,14 +30,18 @@ _KEPT = ("split", "modality", "organ", "dataset", "labels")
 
 
 def build(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
-    """The probes that a data set without ready pairs gives: the balanced ones, then the rest (``meta["balanced"]``).
+    """The probes that data without ready pairs give: the balanced ones, then the rest (``meta["balanced"]``). Each data set
+    (``meta["dataset"]``) by itself, whose own vocabulary they are drawn from.
 
     Reports of chest X-rays are read by :func:`medvlm.evaluate.labeller.label`.
     """
     from ..evaluate.labeller import label
 
-    balanced, rest = balance(questions(samples, KINDS, seed, label=label), seed)
-    return [*balanced, *rest]
+    sets: dict[object, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        sets[sample.meta.get("dataset")].append(sample)
+    made = [balance(questions(group, KINDS, seed, label=label), seed) for group in sets.values()]
+    return [s for part in zip(*made) for group in part for s in group]
 
 
 def pairs(samples: Sequence[Sample], kinds: Iterable[str] = KINDS, seed: int = 0, annotated: Iterable[str] = ANNOTATED,

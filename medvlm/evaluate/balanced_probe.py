@@ -16,11 +16,8 @@ from .base import Task
 
 
 def prepare(read: Callable[[str], list[Sample]], split: str) -> list[Sample]:
-    """The balanced probes of each data set by itself, whose own vocabulary they are drawn from."""
-    sets: dict[str, list[Sample]] = {}
-    for sample in read(split):
-        sets.setdefault(str(sample.meta.get("dataset")), []).append(sample)
-    return [s for group in sets.values() for s in build(group) if s.meta["balanced"]]
+    """The balanced ones of the probes that a split gives."""
+    return [s for s in build(read(split)) if s.meta["balanced"]]
 
 
 TASK = Task(prepare, probe.score, probe.CONVENTIONS, blind=True, rank=6)

@@ -26,6 +26,7 @@ class Task:
     conventions: {name: what it means in one sentence}; the first is the default.
     blind: answers without an image (constant, random, commonest of train) can be scored beside the model's.
     rank: with several tasks on one data set, the lower comes first.
+    beside: (samples, predictions, convention) -> {sample id: what a reader should see beside a case}.
     """
 
     prepare: Callable[[Callable[[str], list[Sample]], str], list[Sample]]
@@ -33,6 +34,7 @@ class Task:
     conventions: Mapping[str, str]
     blind: bool = False
     rank: int = 5
+    beside: Callable[[Sequence[Sample], Sequence[Prediction], str], dict[str, str]] | None = None
 
 
 def cluster(sample: Sample) -> Hashable:

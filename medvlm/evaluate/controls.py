@@ -15,9 +15,9 @@ import numpy as np
 from ..imaging.scan import Image, Volume
 from ..sample import Prediction, Sample, Turn
 from . import perturb
-from .answers import normalise, pick_choice, yes_no
+from .answers import normalise, yes_no
 from .base import Task, check_pairs, cluster, mean_of
-from .probe import gold
+from .probe import chosen, gold
 from .statistics import Score
 
 RULE = "closed and choice questions; an error or an answer that cannot be read is wrong, and is no change of answer"
@@ -108,23 +108,12 @@ def _swapped(text: str) -> str:
 
 def reference(sample: Sample, answer: str | None = None) -> str | None:
     """The reference (or ``answer``) as one of the answers that can be given: "yes", "no" or a choice, normalised; else None."""
-    if answer is None:
-        answer = sample.answer
-    if gold(sample):
-        word = normalise(answer or "")
-        return word if word in ("yes", "no") else None
-    at = pick_choice(answer, sample.choices) if answer and sample.choices else None
-    return None if at is None else normalise(sample.choices[at])
+    return chosen(sample, (sample.answer if answer is None else answer) or "")
 
 
 def heard(sample: Sample, prediction: Prediction) -> str | None:
     """What was answered, in the same form; None for an error and for what cannot be read."""
-    if prediction.error is not None:
-        return None
-    if gold(sample):
-        return yes_no(prediction.text)
-    at = pick_choice(prediction.text, sample.choices or ())
-    return None if at is None else normalise(sample.choices[at])
+    return None if prediction.error is not None else chosen(sample, prediction.text)
 
 
 def chance_of_yes(prediction: Prediction) -> float:

@@ -261,4 +261,9 @@ def f1_macro_of_all(c: np.ndarray) -> float:
     return float(np.mean(np.nan_to_num(_each(c))))
 
 
-TASK = Task(prepare, score, CONVENTIONS, blind=False, rank=3)
+def _beside(samples: Sequence[Sample], predictions: Sequence[Prediction], convention: str) -> dict[str, str]:
+    kinds = ("hallucinated", "omitted", "side_swapped")
+    return {c["id"]: "; ".join(f"{k.replace('_', ' ')}: {', '.join(c[k])}" for k in kinds if c[k]) for c in cases(samples, predictions, convention)}
+
+
+TASK = Task(prepare, score, CONVENTIONS, blind=False, rank=3, beside=_beside)

@@ -124,7 +124,7 @@ def _reader(data: Data, scored: str, words: bool = False) -> Callable[[str], lis
 
     def read(split: str) -> list[Sample]:
         if split not in seen:
-            seen[split] = data.scored(split) if split == scored else data.samples(split, words)
+            seen[split] = data.scored(split) if split == scored else data.samples(split, words=words)
         return seen[split]
 
     return read
@@ -275,8 +275,7 @@ def score(out: str | Path, where: str | Path | None = None, convention: str | No
     data, jobs = planned or plan(about["task"], where or about["data"], about["split"], convention or about["convention"], about["limit"], about.get("prompts"))
     if data.fingerprint != about["fingerprint"]:
         raise UsageError("the data have changed since they were predicted", "DATA_DIFFER", "give --data with the data of the run, or predict again")
-    results = []
-    val = {}
+    results, calibration, val = [], {}, {}
     if (out / VAL).is_file():
         val = {j.name: j for j in plan(about["task"], where or about["data"], "val", convention or about["convention"], about["limit"])[1] if j.task.blind}
     for job in jobs:
@@ -290,6 +289,7 @@ def score(out: str | Path, where: str | Path | None = None, convention: str | No
             other["agreement"] = [trust.agreement(p.text, texts) for p, texts in zip(predictions, drawn)]
             other["semantic entropy"] = [trust.semantic_confidence(texts) for texts in drawn]
         fitted = calibrators(val[job.name], val[job.name].predictions(out / VAL)) if job.name in val else []
+        calibration |= {job.name: [c.to_json() for c in fitted]} if fitted else {}
         scores, sure, slices = told(job, predictions, judge, fitted, other)
         if clinical and job.name == "report":
             from .clinical import clinical as weighed
@@ -305,10 +305,11 @@ def score(out: str | Path, where: str | Path | None = None, convention: str | No
                     baselines[kind] = _named(job, job.task.score(job.samples, say(job.samples, train), job.convention))
         if job.task.blind and (out / NO_IMAGE).is_file():
             baselines["no image"] = _named(job, job.task.score(job.samples, job.predictions(out / NO_IMAGE), job.convention))
-        results.append(page.Result(job.name, job.convention, job.task.conventions, job.samples, predictions, scores, sure, slices, baselines, _cases(job, predictions)))
+        results.append(page.Result(job.name, job.convention, job.task.conventions, job.samples, predictions, scores, sure, slices, baselines,
+                                   job.task.beside(job.samples, predictions, job.convention) if job.task.beside else {}))  # fmt: skip
     record = {
         "run": about | {"convention": {j.name: j.convention for j in jobs}}, "draws": DRAWS, "seed": SEED,
-        "samples": {r.task: len(r.samples) for r in results}, "errors": {r.task: sum(p.error is not None for p in r.predictions) for r in results},
+        "samples": {r.task: len(r.samples) for r in results}, "errors": {r.task: sum(p.error is not None for p in r.predictions) for r in results}, "calibration": calibration,
         "scores": [s.to_json() for r in results for s in (*r.scores, *r.trust, *r.slices)],
         "baselines": {k: [s.to_json() for r in results for s in r.baselines.get(k, ())] for k in dict.fromkeys(k for r in results for k in r.baselines)},
         "notice": NOTICE,
@@ -400,16 +401,6 @@ def _sure(job: Job, predictions: Sequence[Prediction]) -> Job:
     """The job of asking the model, about each of its answers, how sure it is."""
     asked = [trust.how_sure(s, p) for s, p in zip(job.asked(), predictions)]
     return replace(job, samples=asked, ids=[s.id for s in asked])
-
-
-def _cases(job: Job, predictions: Sequence[Prediction]) -> dict[str, str]:
-    """What a report's reader should see beside a case, by sample."""
-    if job.name != "report":
-        return {}
-    from .report import cases
-
-    return {c["id"]: "; ".join(f"{kind.replace('_', ' ')}: {', '.join(map(str, c[kind]))}" for kind in ("hallucinated", "omitted", "side_swapped") if c[kind])
-            for c in cases(job.samples, predictions, job.convention)}  # fmt: skip
 
 
 def _named(job: Job, scores: Iterable[Score]) -> list[Score]:
