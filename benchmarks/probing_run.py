@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(2)
-    reader = build(256, 6, 256, 6)
+    reader = build(384, 8, 384, 8)
     with tempfile.TemporaryDirectory() as place:
         data = Path(place) / "probes"
         data.mkdir()
