@@ -165,6 +165,21 @@ def test_each_row_is_weighed_by_its_own_question():
     assert made.scores(both, 8 * torch.eye(4)[[0, 3]]).argmax(1).tolist() == [0, 3]
 
 
+def test_without_scores_every_slice_weighs_the_same():
+    """The same layers without the question give the mean slice; nothing is left of what would weigh it, nor asked for."""
+    guided = interslice.build(6, 8, pool=2)
+    plain = interslice.build(6, 8, pool=2, guided=False)
+    left = plain.load_state_dict(guided.state_dict(), strict=False)
+    assert not left.missing_keys and {k.partition(".")[0] for k in left.unexpected_keys} == {"ask"}
+    f = features((3, 4, 2), tokens=torch.randn(2, 24, 6))
+    assert guided.guided and not plain.guided and plain.count(f.grid) == guided.count(f.grid) == 2
+    assert torch.equal(plain.scores(f), torch.full((2, 3), 1 / 3))
+    alone = [features((1, 4, 2), tokens=f.tokens[:, 8 * k : 8 * k + 8]) for k in range(3)]
+    mean = torch.stack([guided(one, torch.randn(2, 8)) for one in alone]).mean(0)
+    assert torch.allclose(plain(f), mean, atol=1e-6)
+    assert (guided(f, torch.randn(2, 8)) - plain(f)).abs().max() > 1e-4
+
+
 def test_the_score_is_learnt_from_the_answer_alone():
     """Two kinds of question, two slices that answer them: after training the right slice wins, for slices never seen."""
     made = interslice.build(6, 8)
