@@ -40,6 +40,16 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Features:
         raise NotImplementedError
 
+    def visible(self, x: Tensor, keep: Tensor) -> Tensor:
+        """(B, P + n, dim): the last states of a plain transformer that is shown only the patches ``keep`` (B, n), numbers in
+        reading order, of each input; its P class and register tokens come first. Equal to ``tokens`` when it is shown all.
+
+        Raises:
+            ModelError: BAD_RECIPE for an encoder that cannot leave tokens out.
+        """
+        raise ModelError(f"{type(self).__name__} cannot leave tokens out, as masked autoencoding does", "BAD_RECIPE",
+                         'a plain ViT of timm (encoders/image.py) can, and net="vit" (encoders/volume.py); for others hide with mode="simmim"')  # fmt: skip
+
     def grid(self, size: tuple[int, ...] | None = None) -> tuple[int, ...]:
         """Tokens along each axis of an input of this size, the spec's when None.
 

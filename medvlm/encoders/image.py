@@ -61,6 +61,19 @@ class TimmEncoder(ImageEncoder):
         levels = self.backbone(x)
         return [m.permute(0, 3, 1, 2).contiguous() for m in levels] if self.channels_last else list(levels), None
 
+    def visible(self, x, keep):
+        from timm.models.vision_transformer import VisionTransformer
+
+        net = getattr(self.backbone, "model", None)
+        if not isinstance(net, VisionTransformer):
+            return super().visible(x, keep)
+        states = net._pos_embed(net.patch_embed(x))
+        prefix = states[:, : net.num_prefix_tokens]
+        states = net.norm_pre(torch.cat([prefix, torch.take_along_dim(states[:, prefix.shape[1] :], keep[..., None], 1)], 1))
+        for block in net.blocks:
+            states = block(states)
+        return net.norm(states)
+
 
 class OpenClipTransformer(ImageEncoder):
     """open_clip's own VisionTransformer."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
@@ -49,17 +50,27 @@ class ViT(VolumeEncoder):
         self.blocks = quarters(len(net.blocks))
         super().__init__(net, spec, (net.norm.normalized_shape[0],) * len(self.blocks), (patch,) * len(self.blocks))
 
-    def read(self, x):
+    def embed(self, x):
+        """(B, N, C) patches with their positions."""
         embed, grid = self.net.patch_embedding, self.grid(x.shape[2:])
         x = embed.patch_embeddings(x)
         x = x.flatten(2).transpose(1, 2) if embed.proj_type == "conv" else x
-        x = embed.dropout(x + resize_positions(embed.position_embeddings, self.grid(), grid))
+        return embed.dropout(x + resize_positions(embed.position_embeddings, self.grid(), grid))
+
+    def read(self, x):
+        grid, x = self.grid(x.shape[2:]), self.embed(x)
         levels = []
         for number, block in enumerate(self.net.blocks, 1):
             x = block(x)
             if number in self.blocks:
                 levels.append(x)
         return [as_map(v, grid) for v in (*levels[:-1], self.net.norm(x))]
+
+    def visible(self, x, keep):
+        x = torch.take_along_dim(self.embed(x), keep[..., None], 1)
+        for block in self.net.blocks:
+            x = block(x)
+        return self.net.norm(x)
 
 
 class Swin(VolumeEncoder):
