@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 import medvlm
-from medvlm.datasets import instruct, manifest
+from medvlm.datasets import manifest
+from medvlm.datasets.facts import ANNOTATED, case_of, stated
 from medvlm.evaluate.answers import normalise
 from medvlm.evaluate.segment import dice
 from medvlm.evaluate.statistics import Score, auroc_score, mean_score
@@ -46,7 +47,7 @@ def main():
     for row in rows:
         (image,) = manifest.open_images(row)
         report = model.report(Study(row["id"], None, (image,)))
-        facts.append(instruct.facts(row))
+        facts.append(stated(case_of(list(manifest.row_samples(row))), ANNOTATED))
         patients.append(row["patient"])
         native = {m.label: m.array for m in manifest.read_masks(row, image)}
         if report.out_of_scope:  # a refusal is an answer that finds nothing: it stays in every denominator

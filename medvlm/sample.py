@@ -39,11 +39,13 @@ class Mask:
     """A target outlined on one image.
 
     array: bool, the image's (H, W) or (D, H, W). An all-false array says that the target is absent.
+    count: how many things of that name it outlines together, None where nobody counted.
     """
 
     image: str
     label: str
     array: np.ndarray
+    count: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,7 @@
-"""What a data set says of each image, as yes/no questions with their true answers: modality, organ, finding, abnormality, position."""
+"""What a data set says of each image: what is there and what is not, where it lies and how many, which part of the body is shown."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +10,11 @@ import numpy as np
 
 from ..imaging.scan import Image, Volume, orientation, turned
 from ..sample import Region, Sample
-from .instruct import ANNOTATED, side_of, word
+from .sentences import fact_of, spoken, word
 
-__all__ = ["ANNOTATED", "Ask", "Case", "asks", "cases"]
-
+ANNOTATED = ("consolidation", "ground-glass opacity", "pleural effusion", "pneumothorax", "endotracheal tube",
+             "nasogastric tube", "central venous line")  # fmt: skip
+"""What the annotators of the chest X-ray masks outlined wherever it was: no outline there means absent."""
 MODALITY_NAMES = {
     "xray": "an X-ray", "ct": "a CT scan", "mr": "an MR scan", "pet": "a PET scan", "nm": "a nuclear medicine scan",
     "ultrasound": "an ultrasound image", "fundus": "a fundus photograph", "pathology": "a microscopy image",
@@ -34,8 +34,14 @@ REGIONS = {
     "legs": r"\b(knee|tibia|fibula|patella|meniscus)",
 }  # fmt: skip
 """{region, from the head down: its structures}."""
+_EYE = re.compile(r"\b(eyes?|optic (dis[ck]|cup)|macula|fovea|retina)", re.I)
+_CELL = re.compile(r"^((cell )?nucle(us|i)|[RW]BCs?|((red|white) )?blood cells?|platelets?|leu[ck]ocytes?|erythrocytes?|lymphocytes?)$", re.I)
+_THORACIC = re.compile(r"consolidat|ground[- ]glass|pleura|pneumo(nia|thora)|cardiomegal|atelecta", re.I)
+"""Findings of one place; what is seen through a microscope only."""
 FAR = {"head": "brain", "pelvis": "urinary bladder", "legs": "knee joint"}
 """What stands for a region that an image surely does not reach."""
+_HEIGHT = {"eye": 0, "head": 0, "neck": 1, "chest": 2, "breast": 2, "abdomen": 3, "pelvis": 4, "knee": 6}
+"""Parts of the body, from the head down; what is asked after as wrong is at least two further."""
 SHORT = 150.0
 """A volume that is no longer than this (mm, head to foot) reaches no region but those next to the ones it shows."""
 _STRUCTURE = re.compile(
@@ -45,20 +51,27 @@ _LESION = re.compile(
     r"tumou?r|lesion|nodul|mass\b|cancer|carcinoma|metasta|opacit|consolid|effusion|pneumothora|o?edema|ha?emorrh|cyst|stone|polyp|ulcer|fractur|"
     r"infarct|embol|stenos|aneurysm|thromb|exudate|drusen|atelecta", re.I)  # fmt: skip
 _DEVICE = re.compile(r"\btubes?\b|tubing|\blines?\b|catheter|\bleads?\b|\bprobes?\b|\bwires?\b|device|pacemaker|marker", re.I)
-_NORMAL = re.compile(r"^(normal|healthy|no[ _]findings?|no[ _]abnormalit\w+)$", re.I)
-_COUNTED = re.compile(r"\b(tube|line|catheter|device|pacemaker|lead|probe|wire|lesion|nodule|mass|tumou?r|fracture|cyst|polyp|stone|ulcer|effusion|"
-                      r"pneumothorax|aneurysm|infarct)$", re.I)  # fmt: skip
+NORMAL = re.compile(r"^(normal|healthy|no[ _]findings?|no[ _]abnormalit\w+)$", re.I)
 _MIDLINE = re.compile(r"spinal|spine|vertebra", re.I)
 _SIDE = re.compile(r"\b(left|right)\b")
-_FLAT = ("fundus", "pathology", "endoscopy", "dermoscopy", "ultrasound", "oct")
+LUNGS = ("right", "left")
+SCANS = ("xray", "ct", "mr", "pet", "nm")
+"""They show whole parts of the body."""
+FLAT = ("fundus", "pathology", "endoscopy", "dermoscopy", "ultrasound", "oct")
 """Pictures whose quarters are those of the picture as it is shown."""
 MOST = 0.9
 """Share of a target that must lie in one quarter, or on one side, for that to be where it is."""
+TRUST = ("record", "outline", "box", "label", "report", "question")
+"""Who is believed where two say differently."""
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One image and all that its samples say of it. outlines: {name in words: bool, the image's grid}; boxes: {name: drawn likewise}."""
+    """One image and all that its samples say of it.
+
+    outlines: {name in words: bool, the image's grid}; boxes: {name: drawn likewise}; corners: {name: the boxes themselves};
+    counts: {name: how many}, where each was marked; reports: texts; questions: the samples that ask.
+    """
 
     base: Sample
     name: str
@@ -68,16 +81,9 @@ class Case:
     boxes: dict[str, np.ndarray] = field(default_factory=dict)
     labels: dict[str, float] = field(default_factory=dict)
     reports: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One question and its true answer. pool: its twin is a question of the same pool with the other answer; None where it wants none."""
-
-    kind: str
-    question: str
-    yes: bool
-    pool: str | None
+    corners: dict[str, list[tuple]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    questions: tuple[Sample, ...] = ()
 
 
 def cases(samples: Iterable[Sample]) -> list[Case]:
@@ -86,45 +92,51 @@ def cases(samples: Iterable[Sample]) -> list[Case]:
     for s in samples:
         if len(s.images) == 1:
             groups.setdefault(id(next(iter(s.images.values()))), []).append(s)
-    return [_case(members) for members in groups.values()]
+    return [case_of(members) for members in groups.values()]
 
 
-def _case(members: Sequence[Sample]) -> Case:
+def case_of(members: Sequence[Sample]) -> Case:
+    """What samples about the same images say together of the one that is outlined, or of the first; there is at least one of each."""
     first = members[0]
-    image = next(iter(first.images.values()))
+    marked = [area.image for s in members for area in (*s.masks, *s.regions)]
+    image = next((first.images[i] for i in marked if i in first.images), next(iter(first.images.values())))
     row = str(first.meta.get("row") or first.id)
     several = first.meta.get("dataset") and first.id.startswith(f"{first.meta['dataset']}/")
     outlines: dict[str, np.ndarray] = {}
-    for mask in (m for s in members for m in s.masks):
-        name = spoken(mask.label)
-        outlines[name] = outlines[name] | mask.array if name in outlines else mask.array
+    counts: dict[str, int] = {}
+    for s in members:
+        tally: dict[str, int] = {}
+        for mask in s.masks:
+            name = spoken(mask.label)
+            if mask.label == s.question:  # the answer to a question, not a thing's name
+                continue
+            if mask.image != image.id or name in outlines and "observer" in mask.label:  # a second opinion is no second target
+                continue
+            outlines[name] = outlines[name] | mask.array if name in outlines else mask.array
+            tally[name] = tally.get(name, 0) + (mask.count or 1)
+            if mask.count is not None or tally[name] > 1:
+                counts[name] = tally[name]
     boxes: dict[str, np.ndarray] = {}
+    corners: dict[str, list[tuple]] = {}
     for region in first.regions:
-        drawn = _drawn(region, image.shape[1:])
+        drawn = _drawn(region, image.shape[1:]) if region.image == image.id else None
         if drawn is not None:
-            boxes[spoken(region.label)] = boxes.get(spoken(region.label), False) | drawn
+            name = spoken(region.label)
+            boxes[name] = boxes.get(name, False) | drawn
+            corners.setdefault(name, []).append(region.box)
+    counts |= {name: len(found) for name, found in corners.items()}
     reports = [s.answer for s in members if s.answer and not s.question and ("sections" in s.meta or s.verb == "report")]
-    return Case(first, f"{first.meta['dataset']}/{row}" if several else row, row, image, outlines, boxes, dict(first.labels), tuple(dict.fromkeys(reports)))
+    return Case(first, f"{first.meta['dataset']}/{row}" if several else row, row, image, outlines, boxes, dict(first.labels), tuple(dict.fromkeys(reports)),
+                corners, counts, tuple(s for s in members if s.question and s.answer))  # fmt: skip
 
 
 def _drawn(region: Region, shape: tuple[int, ...]) -> np.ndarray | None:
     """A box as pixels, None for one that holds no pixel."""
-    if not region.box or len(region.box[0]) != len(shape):
+    if not region.box or len(region.box[0]) != len(shape) or any(b <= a for a, b in zip(*region.box)):
         return None
     array = np.zeros(shape, bool)
     array[tuple(slice(max(0, int(np.floor(a))), max(0, int(np.ceil(b)))) for a, b in zip(*region.box))] = True
     return array if array.any() else None
-
-
-def spoken(name: str) -> str:
-    """A data set's name as one says it: "lung_upper_lobe_left" -> "left lung upper lobe", observers left out."""
-    name = re.sub(r"\s+observer\s?\d+$", "", word(name))
-    side = _SIDE.search(name)
-    return f"{side[0]} {' '.join(_SIDE.sub(' ', name).split())}" if side and not name.startswith(side[0]) else name
-
-
-def _article(name: str) -> str:
-    return ("an " if name[0] in "aeiou" else "a ") if _COUNTED.search(name) else ""
 
 
 def structure(name: str) -> bool:
@@ -132,125 +144,156 @@ def structure(name: str) -> bool:
     return bool(_STRUCTURE.search(name)) and not (_LESION.search(name) or _DEVICE.search(name))
 
 
-def asks(all_cases: Sequence[Case], kinds: Sequence[str], annotated: frozenset[str], label: Callable[[str], Mapping[str, float | None]] | None,
-         seed: int) -> Iterator[tuple[Case, list[Ask]]]:  # fmt: skip
-    """Each case with its questions, each question once; see :func:`medvlm.datasets.pairs.questions`."""
-    modalities = sorted({c.image.modality for c in all_cases} & MODALITY_NAMES.keys())
-    parts = {c.row: _part(c) for c in all_cases}
-    shown = sorted({p for p in parts.values() if p})
-    drawn = {n for c in all_cases for n in (*c.outlines, *c.boxes)}
-    outlined = {n for c in all_cases for n in c.outlines} & annotated
-    boxed = {n for c in all_cases for n in c.boxes if not structure(n)}
-    for case in all_cases:
-        lot = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed} {case.name}".encode()).digest()[:8]))
-        told = _told(case, outlined, boxed, label)
-        findings = {n: v for n, v in told.items() if n in map(word, case.labels) or n not in drawn or not structure(n)}
-        found: list[Ask] = []
-        if "modality" in kinds and case.image.modality in MODALITY_NAMES:
-            found += _one_of("modality", "Is this {}?", case.image.modality, modalities, MODALITY_NAMES, lot)
-        if "organ" in kinds:
-            if parts[case.row]:
-                found += _one_of("organ", "Is this an image of the {}?", parts[case.row], shown, {p: p for p in PARTS}, lot)
-            here = {n: v for n, v in told.items() if n not in findings} | dict.fromkeys(_far(case), False)
-            found += [Ask("organ", f"Does this image show the {n}?", bool(v), "organ shown") for n, v in here.items()]
-        if "finding" in kinds:
-            found += [Ask("finding", f"Does this image show {_article(n)}{n}?", bool(v), "finding") for n, v in findings.items() if not _NORMAL.match(n)]
-        if "abnormality" in kinds and (ill := _abnormal(case, findings)) is not None:
-            found.append(Ask("abnormality", "Does this image show any abnormality?", ill, None))
-        if "position" in kinds:
-            found += _positions(case, told)
-        yield case, list({a.question: a for a in found}.values())
+def statements(case: Case, outlined: Iterable[str], boxed: Iterable[str], label: Callable | None) -> Iterator[tuple[str, str, float]]:
+    """(source, name, 1 | 0): all that is said of findings, structures and devices.
 
-
-def _one_of(kind: str, question: str, true: str, there: Sequence[str], names: Mapping[str, str], lot: np.random.Generator) -> list[Ask]:
-    """The true one, and as wrong ones those the data show elsewhere, or one by lot where they show none."""
-    wrong = [x for x in there if x != true] or [str(lot.choice([x for x in names if x != true]))]
-    return [Ask(kind, question.format(names[x]), x == true, kind) for x in (true, *wrong)]
-
-
-def _told(case: Case, outlined: set[str], boxed: set[str], label: Callable | None) -> dict[str, float]:
-    """{name: 1 | 0} of findings, structures and devices that is said, and not contradicted."""
-    said: dict[str, set[float]] = {}
-    for name, value in case.labels.items():
-        if np.isfinite(value):
-            said.setdefault(word(name), set()).add(float(value))
-    for name, array in case.outlines.items():
-        said.setdefault(name, set()).add(float(array.any()))
-    for name in outlined - case.outlines.keys() if case.outlines else ():
-        said.setdefault(name, set()).add(0.0)
+    outlined, boxed: names that the data set outlines, or boxes, wherever they are; so an image with outlines lacks the others.
+    """
+    yield from (("label", word(name), float(value)) for name, value in case.labels.items() if np.isfinite(value))
+    yield from (("outline", name, float(array.any())) for name, array in case.outlines.items())
+    yield from (("outline", name, 0.0) for name in (outlined if case.outlines else ()) if name not in case.outlines)
     boxes = {n for n in case.boxes if not structure(n)}
-    for name in case.boxes:
-        said.setdefault(name, set()).add(1.0)
-    for name in boxed - boxes if boxes else ():  # a data set of boxes marks all that it has a name for
-        said.setdefault(name, set()).add(0.0)
+    yield from (("box", name, 1.0) for name in case.boxes)
+    yield from (("box", name, 0.0) for name in (boxed if boxes else ()) if name not in boxes)
     if label is not None and case.image.modality == "xray":
-        for name, value in ((n, v) for text in case.reports for n, v in label(text).items()):
-            if value in (0, 1):
-                said.setdefault(word(name.lower()), set()).add(float(value))
-    return {name: values.pop() for name, values in said.items() if len(values) == 1}
+        told = ((n, v) for text in case.reports for n, v in label(text).items())
+        yield from (("report", word(name.lower()), float(value)) for name, value in told if value in (0, 1))
 
 
-def _part(case: Case) -> str | None:
-    """The body part that the data, the header or all outlined structures name."""
+def stated(case: Case, annotated: Sequence[str] = (), label: Callable[[str], Mapping[str, float | None]] | None = None) -> dict[str, float]:
+    """{name: 1 | 0} of findings, structures and devices; where two sources differ, by the first of ``TRUST`` that speaks.
+
+    annotated: names (in words) that were outlined or boxed wherever they were. label: reads a report. The answers to yes/no
+    questions about chest X-rays count too, and what their record says of a tube.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for source, name, value in statements(case, annotated, [n for n in annotated if not structure(n)], label):
+        found.setdefault(name, {}).setdefault(source, value)
+    if case.image.modality == "xray":
+        if (tube := _labels(case).get("intubation_present")) in ("Y", "N"):
+            found.setdefault("endotracheal tube", {})["record"] = float(tube == "Y")
+        for s in case.questions:
+            for name, value in fact_of(s.question, s.answer).items():
+                found.setdefault(name, {}).setdefault("question", value)
+    order = dict.fromkeys((*map(word, case.labels), *(n for n in annotated if "outline" in found.get(n, ())), *found))
+    return {name: next(found[name][s] for s in TRUST if s in found[name]) for name in order if name in found}
+
+
+def _labels(case: Case) -> Mapping[str, object]:
+    """What the data set says in its own fields."""
     labels = case.base.meta.get("labels")
-    said = [case.base.meta.get("organ"), *(labels.get(k) for k in ("organ", "location", "body_part") if isinstance(labels, Mapping)), case.image.info.get("body_part")]
+    return labels if isinstance(labels, Mapping) else {}
+
+
+def part(case: Case) -> str | None:
+    """The body part that the data, the header or all outlined structures name."""
+    said = [case.base.meta.get("organ"), *(_labels(case).get(k) for k in ("organ", "location", "body_part")), case.image.info.get("body_part")]
     for text in (str(x).strip() for x in said if x):
         if found := next((part for part, pattern in PARTS.items() if re.search(pattern, text, re.I)), None):
             return found
     if case.image.modality == "fundus":
         return "eye"
-    regions = _regions(case)
-    return regions.pop() if len(regions) == 1 and regions < PARTS.keys() else None
+    shown = regions(case)
+    return shown.pop() if len(shown) == 1 and shown < PARTS.keys() else None
 
 
-def _regions(case: Case) -> set[str]:
+def regions(case: Case) -> set[str]:
+    """Regions of the structures that are outlined or boxed."""
     names = [n for n, a in (*case.outlines.items(), *case.boxes.items()) if structure(n) and a.any()]
     return {region for region, pattern in REGIONS.items() for n in names if re.search(pattern, n, re.I)}
 
 
-def _far(case: Case) -> list[str]:
-    """Structures of ``FAR`` that lie at least two regions from a structure this image shows, and a short volume is all there is."""
-    if not isinstance(case.image, Volume):
-        return []
-    height = np.abs(case.image.affine[2, :3]) @ np.array(case.image.shape[1:])
-    at, order = [list(REGIONS).index(r) for r in _regions(case)], list(REGIONS)
-    if height > SHORT:
-        return []
-    return [name for region, name in FAR.items() if at and max(abs(order.index(region) - i) for i in at) >= 2 and name not in case.outlines]
+def apart(case: Case, there: set[str], shown: set[str]) -> bool:
+    """Whether all of the regions ``there`` are at least two from one that is shown in a short volume, or from all shown in a picture."""
+    image, order, nearest = case.image, list(REGIONS), max if isinstance(case.image, Volume) else min
+    if isinstance(image, Volume) and np.abs(image.affine[2, :3]) @ np.array(image.shape[1:]) > SHORT:
+        return False
+    at = [order.index(r) for r in shown if r in order]
+    return bool(at and there) and all(nearest(abs(order.index(t) - i) for i in at) >= 2 for t in there)
 
 
-def _abnormal(case: Case, findings: Mapping[str, float]) -> bool | None:
+def elsewhere(case: Case, name: str) -> bool:
+    """Whether this image surely cannot show the named: what lies in a far part of the body, or is seen in other kinds of picture."""
+    there = {region for region, pattern in REGIONS.items() if re.search(pattern, name, re.I)} | ({"chest"} if _THORACIC.search(name) else set())
+    if case.image.modality == "pathology":  # tissue of an organ is not the organ, but who asks may mean it
+        return bool(_DEVICE.search(name) or _SIDE.search(name) or _EYE.search(name))
+    if _CELL.search(name):
+        return case.image.modality in (*SCANS, "fundus")
+    if case.image.modality == "fundus":
+        return not _EYE.search(name) and bool(there or _DEVICE.search(name))
+    known = part(case)
+    return case.image.modality in SCANS and apart(case, there, regions(case) | {{"eye": "head", "breast": "chest", "knee": "legs"}.get(known, known)})
+
+
+def others(body_part: str) -> list[str]:
+    """Parts of the body that an image of this one does not reach."""
+    return [p for p, height in _HEIGHT.items() if abs(height - _HEIGHT[body_part]) >= 2]
+
+
+def abnormal(case: Case, findings: Mapping[str, float]) -> bool | None:
     """Known to be ill from a finding that is there, known to be well from being called normal; else, or when both, unknown."""
-    ill = any(v == 1 and not _NORMAL.match(n) and not _DEVICE.search(n) and (n in map(word, case.labels) or _LESION.search(n)) for n, v in findings.items())
-    normal = {v for n, v in findings.items() if _NORMAL.match(n)}
+    ill = any(v == 1 and not NORMAL.match(n) and not _DEVICE.search(n) and (n in map(word, case.labels) or _LESION.search(n)) for n, v in findings.items())
+    normal = {v for n, v in findings.items() if NORMAL.match(n)}
     if ill:
         return None if 1.0 in normal else True
     return None if len(normal) != 1 else normal == {0.0}
 
 
-def _positions(case: Case, told: Mapping[str, float]) -> Iterator[Ask]:
-    frame = _frame(case)
-    lungs = {side: _union(case, side) for side in ("right", "left")}
-    for name, array in {**case.boxes, **case.outlines}.items():
-        if _SIDE.search(name) or not array.any() or told.get(name) != 1:  # a name that says its side needs no question
-            continue
-        apart = not structure(name) and all(lung is not None for lung in lungs.values())
-        side = side_of(array, lungs["right"], lungs["left"]) if apart else None
-        if side in lungs:
-            yield from (Ask("position", f"Is the {name} in the {s} lung?", s == side, f"{name} lung") for s in lungs)
-        side = _side_of_midline(case, array, name)
-        if side in lungs:
-            yield from (Ask("position", f"Is the {name} on the patient's {s} side?", s == side, f"{name} side") for s in lungs)
-        if frame is not None:
-            seen, rows, columns, where = frame
-            plane = seen(array)
-            high, wide = (n // 2 for n in plane.shape)
-            total = plane.sum()
-            held = {f"{r} {c}": plane[i, j].sum() for r, i in zip(rows, (slice(high), slice(-high, None)))
-                    for c, j in zip(columns, (slice(wide), slice(-wide, None)))}  # fmt: skip
-            best = max(held, key=lambda k: held[k])
-            if held[best] >= MOST * total:
-                yield from (Ask("position", f"Is the {name} in the {k} quarter of the {where}?", k == best, f"{name} quarter") for k in held if k == best or not held[k])
+@dataclass(frozen=True)
+class Place:
+    """Where a target lies. said: "in the {} lung"; true: the word that fits; options: it and those that surely do not."""
+
+    said: str
+    true: str
+    options: tuple[str, ...]
+    kind: str
+
+
+def places(case: Case, name: str) -> Iterator[Place]:
+    """Where an outlined or boxed target lies; nothing of one whose name says its side."""
+    array = case.outlines.get(name, case.boxes.get(name))
+    if array is None or _SIDE.search(name) or not array.any():
+        return
+    if (side := _side_in_lungs(case, array, name)) in LUNGS:
+        yield Place("in the {} lung", side, LUNGS, "lung")
+    if (side := _side_of_midline(case, array, name)) in LUNGS:
+        yield Place("on the patient's {} side", side, LUNGS, "side")
+    if (frame := _frame(case)) is not None:
+        seen, rows, columns, where = frame
+        plane = seen(array)
+        high, wide = (n // 2 for n in plane.shape)
+        held = {f"{r} {c}": plane[i, j].sum() for r, i in zip(rows, (slice(high), slice(-high, None)))
+                for c, j in zip(columns, (slice(wide), slice(-wide, None)))}  # fmt: skip
+        best = max(held, key=lambda k: held[k])
+        if held[best] >= MOST * plane.sum():
+            yield Place(f"in the {{}} quarter of the {where}", best, tuple(k for k in held if k == best or not held[k]), "quarter")
+
+
+def side(case: Case, name: str) -> str | None:
+    """The patient's side on which an outlined or boxed finding or structure lies: "right", "left", "both" lungs; None where unknown."""
+    array = case.outlines.get(name, case.boxes.get(name))
+    if array is None or _SIDE.search(name) or _DEVICE.search(name) or not array.any():
+        return None
+    return _side_in_lungs(case, array, name) or _side_of_midline(case, array, name)
+
+
+def side_of(mask: np.ndarray, right: np.ndarray, left: np.ndarray, share: float = 0.15) -> str | None:
+    """Side of the patient a target lies on: "both" when each lung holds at least ``share`` of what lies in the lungs.
+
+    mask, right, left: bool arrays on one grid; right and left are the patient's lungs. None outside the lungs.
+    """
+    in_right, in_left = int((mask & right).sum()), int((mask & left).sum())
+    total = in_right + in_left
+    if total == 0:
+        return None
+    if min(in_right, in_left) >= share * total:
+        return "both"
+    return "right" if in_right > in_left else "left"
+
+
+def _side_in_lungs(case: Case, array: np.ndarray, name: str) -> str | None:
+    right, left = (_union(case, s) for s in LUNGS)
+    return None if structure(name) or right is None or left is None else side_of(array, right, left)
 
 
 def _union(case: Case, side: str) -> np.ndarray | None:
@@ -290,10 +333,22 @@ def _frame(case: Case) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[str, s
         if here[0] in "SI":
             return lambda a: turned(a[None], here, "SPL").sum(0), ("front", "back"), ("right", "left"), own.format("slice")
         return None if here[0] in "LR" else (lambda a: turned(a[None], here, "PIL").sum(0), ("upper", "lower"), ("right", "left"), own.format("slice"))
-    if image.modality in _FLAT:
+    if image.modality in FLAT:
         return lambda a: a, ("upper", "lower"), ("left", "right"), "picture"
-    labels = case.base.meta.get("labels")
-    view = str(image.info.get("view") or (labels.get("view") if isinstance(labels, Mapping) else "") or "").upper()
-    if image.modality == "xray" and view[:2] in ("PA", "AP"):
+    if view(case):
         return lambda a: a, ("upper", "lower"), ("right", "left"), own.format("image")
     return None
+
+
+def view(case: Case) -> str | None:
+    """"PA" or "AP" of a frontal X-ray whose header or data set says so."""
+    said = str(case.image.info.get("view") or _labels(case).get("view") or "").upper()[:2]
+    return said if case.image.modality == "xray" and said in ("PA", "AP") else None
+
+
+def plane(case: Case) -> str | None:
+    """"axial", "coronal" or "sagittal" of a slice that has a place in the patient, or whose data set says so."""
+    affine, said = case.image.info.get("affine"), str(_labels(case).get("plane") or "").strip().lower()
+    if isinstance(case.image, Image) and affine is not None:
+        return {"S": "axial", "I": "axial", "P": "coronal", "A": "coronal", "L": "sagittal", "R": "sagittal"}[orientation(np.asarray(affine, float))[0]]
+    return said if said in ("axial", "coronal", "sagittal") else None

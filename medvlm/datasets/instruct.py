@@ -1,155 +1,312 @@
-"""Conversations out of labels, masks, boxes and questions: what a data set knows, as turns a model can learn.
+"""Conversations out of labels, masks, boxes, captions and questions: what a data set knows, as turns a model can learn.
 
-Names are put into the toolkit's own words (``word``). Sides are the patient's. What a set says is absent becomes a
-negative: a "no", an empty mask, a sentence that begins with "No".
+Names are put into the toolkit's own words (``sentences.spoken``). Sides are the patient's. What a set says is absent becomes a
+negative: a "no", an empty mask, a sentence that begins with "No". What nobody says is not asked.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from ..sample import SEG, Mask, Region, Sample, Turn
-from . import sentences
+from ..imaging.scan import Image, Volume
+from ..sample import SEG, Mask, Region, Sample, Turn, box_of
+from . import facts, sentences
+from .facts import ANNOTATED, MODALITY_NAMES, Case, side_of
+from .sentences import word
 
-WORDS = {
-    "cardiomediastinum": "heart and mediastinum", "ground_glass_opacities": "ground-glass opacity",
-    "monitoring_probes": "monitoring leads", "covid-19": "COVID-19 pneumonia", "ards": "ARDS", "vessel": "vessels",
-    "nucleus": "nuclei",
-}  # fmt: skip
-MODALITY_WORDS = {"xray": "a chest X-ray", "ct": "a CT slice", "mr": "an MR slice", "fundus": "a fundus photograph",
-                  "pathology": "a microscopy image"}  # fmt: skip
-ANNOTATED = ("consolidation", "ground-glass opacity", "pleural effusion", "pneumothorax", "endotracheal tube",
-             "nasogastric tube", "central venous line")  # fmt: skip
-"""What the annotators of the chest X-ray masks outlined wherever it was: no outline there means absent."""
-SIDED = ("consolidation", "ground-glass opacity", "pleural effusion", "pneumothorax")
-"""Findings whose side is told."""
+__all__ = ["ANNOTATED", "KINDS", "MODALITY_WORDS", "conversations", "describe", "known", "restructured", "side_of", "word"]
 
-_ASKED = {
-    "pneumothorax": r"pneumothora",
-    "pleural effusion": r"pleural effusion",
-    "consolidation": r"consolidation",
-    "ground-glass opacity": r"ground-glass",
-    "cardiomegaly": r"cardiomegaly|heart (is )?(abnormally )?(enlarged|large)|heart size abnormal",
-    "endotracheal tube": r"endotracheal tube|intubated",
-    "nasogastric tube": r"nasogastric|\bng tube",
-    "central venous line": r"central venous line",
+KINDS = ("segment", "asked", "finding", "describe", "modality", "view", "locate", "box", "count", "organ", "plane", "abnormal",
+         "report", "caption", "text")  # fmt: skip
+"""``meta["kind"]``; "box" is "locate" as coordinates, "text" a question without an image."""
+MODALITY_WORDS = {**MODALITY_NAMES, "xray": "a chest X-ray", "ct": "a CT slice", "mr": "an MR slice"}
+ASK = {
+    "segment": ("Segment the {name}.", "Outline the {name}.", "Mark the {name} in this {picture}.", "Please draw the outline of the {name}."),
+    "finding": ("{Is} there {name} in this {picture}?", "Does this {picture} show {a}{name}?", "{Is} {a}{name} seen here?", "Can you see {a}{name}?"),
+    "modality": ("What kind of image is this?", "Which imaging modality is this?", "What type of picture am I looking at?"),
+    "is": ("Is this {picture}?", "Is the picture {picture}?", "Am I looking at {picture}?"),
+    "view": ("Is this a PA or AP film?", "Which projection is this film, PA or AP?", "Was this film taken PA or AP?"),
+    "where": ("Where {be} the {name}?", "Where {do} the {name} lie?", "Locate the {name}.", "In which place {be} the {name}?"),
+    "there": ("{Is} the {name} {place}?", "{Do} the {name} lie {place}?", "Can the {name} be found {place}?"),
+    "box": ("Give the bounding box of the {name}.", "Locate the {name} with a bounding box.", "Put a box around the {name}."),
+    "boxes": ("Give the bounding boxes of the {name}.", "Locate the {name} with bounding boxes.", "Put boxes around the {name}."),
+    "count": ("How many {name} are there?", "Count the {name}.", "What is the number of {name} in this {picture}?"),
+    "part": ("Which part of the body is shown?", "What part of the body is this?", "Which body part does this {picture} show?"),
+    "of": ("Is this an image of the {name}?", "Does this image show the {name} region?", "Was the {name} imaged here?"),
+    "organ": ("Does this image show the {name}?", "{Is} the {name} in this image?", "Can the {name} be seen here?"),
+    "plane": ("In which plane is this slice?", "Which plane does this slice show?", "Is this slice axial, coronal or sagittal?"),
+    "is plane": ("Is this {a}{name} slice?", "Is the slice {name}?", "Does this show {a}{name} plane?"),
+    "abnormal": ("Does this image show any abnormality?", "Is there anything abnormal in this {picture}?", "Is any disease visible here?"),
+    "report": ("Write the report of this {picture}.", "What are the findings?", "Report this {picture}."),
+    "caption": ("Describe this image.", "What does this {picture} show?", "Write a caption for this image."),
+    "none": ("There {be} no {name}.",),
 }
-_HEALTHY = re.compile(r"\b(is|are)\b.*\b(this|the) (image|chest x-ray|film|lungs?|x ray)( study)? normal|is this a normal", re.I)
-_ABNORMAL = re.compile(r"(any|there) (intraparenchymal )?abnormalit|is (this|the) (image|film) abnormal|anything abnormal", re.I)
-_ONLY_A_PART = re.compile(r"\b(size|shape|aort\w*|heart|upper|lower|base|bases|ap[ei]x|hil\w+|ribs?|bones?|mediastin\w+)\b", re.I)
+"""Questions, the plainest first, and the answer where there is nothing."""
+MOST_BOXES = 20
+"""More than these are counted, but not written down one by one."""
 
 
-def word(name: str) -> str:
-    """A data set's name of a finding or structure in the words of a report."""
-    return WORDS.get(name, name.replace("_", " "))
+@dataclass(frozen=True, eq=False)
+class _Told:
+    """A group of samples, what it tells of its image, and what a model is to learn of it."""
+
+    group: Sequence[Sample]
+    case: Case | None
+    kinds: frozenset[str]
+    targets: Sequence[str] | None
+    findings: Sequence[str] | None
+    modalities: Sequence[str] | None
+    annotated: Sequence[str]
+    absent: Sequence[str]
+    style: str
+    label: Callable[[str], Mapping[str, float | None]] | None
+
+    @cached_property
+    def all(self) -> dict[str, float]:
+        return facts.stated(self.case, self.annotated, self.label)
+
+    @cached_property
+    def stated(self) -> dict[str, float]:
+        """{finding: 1 | 0}: those that are to be learnt, and all that are labelled."""
+        labelled = set(map(word, self.case.labels))
+        return {n: v for n, v in self.all.items() if n in labelled or (n in self.findings if self.findings is not None else not facts.structure(n))}
+
+    @cached_property
+    def found(self) -> dict[str, float]:
+        return {n: v for n, v in self.stated.items() if not facts.NORMAL.match(n) and (self.findings is None or n in self.findings)}
+
+    @cached_property
+    def lot(self) -> np.random.Generator:
+        return _lot(self.case.name)
+
+    @property
+    def drawn(self) -> list[str]:
+        """Names of what is outlined or boxed, and is there."""
+        return [n for n, a in {**self.case.outlines, **self.case.boxes}.items() if a.any()]
+
+    @property
+    def missed(self) -> list[str]:
+        """What this data set would have outlined or boxed, and did not: of a label alone nobody ever says where it is."""
+        return [n for n, v in self.found.items() if v == 0 and n in self.annotated]
+
+    @property
+    def picture(self) -> str | None:
+        """What the image is, e.g. "a chest X-ray", "an X-ray of the knee", "a CT scan"; None for another kind of picture."""
+        modality = self.case.image.modality
+        if modality == "xray":
+            part = facts.part(self.case)
+            return MODALITY_WORDS["xray"] if part == "chest" else MODALITY_NAMES["xray"] + (f" of the {part}" if part else "")
+        return (MODALITY_NAMES if isinstance(self.case.image, Volume) else MODALITY_WORDS).get(modality)
+
+    def lacks(self, name: str) -> bool:
+        """Whether it is known not to be in the image."""
+        return name in self.absent or (self.all[name] == 0 if name in self.all else facts.elsewhere(self.case, name))
 
 
-def facts(row: Mapping[str, Any]) -> dict[str, float]:
-    """{finding: 1 present | 0 absent} that a manifest row states: its findings, its masks, its yes/no questions."""
-    if row["modality"] != "xray":
-        return {}
-    known = {word(k): float(v) for k, v in (row.get("findings") or {}).items() if v is not None}
-    outlined = {word(name) for name in (row.get("mask") or {}).get("files", ())}
-    if row.get("mask"):
-        known |= {name: float(name in outlined) for name in ANNOTATED}
-    tube = (row.get("labels") or {}).get("intubation_present")
-    if tube in ("Y", "N"):
-        known["endotracheal tube"] = float(tube == "Y")
-    for qa in row.get("qa") or ():
-        fact = fact_of(qa["question"], str(qa["answer"]))
-        for name, value in fact.items():
-            known.setdefault(name, value)
-    return known
+@dataclass(frozen=True, eq=False)
+class _Talk:
+    """One conversation. ask: the wordings of its question; more: fields of its Sample."""
+
+    kind: str
+    ask: Sequence[str]
+    answer: str
+    more: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
-def fact_of(question: str, answer: str) -> dict[str, float]:
-    """What one yes/no question about the whole image tells; {} for questions of side, degree or anything else.
-
-    >>> fact_of("Is there a pneumothorax?", "No")
-    {'pneumothorax': 0.0}
-    >>> fact_of("Is the pleural effusion on the left?", "no")
-    {}
-    """
-    yes = {"yes": 1.0, "no": 0.0}.get(answer.strip().lower())
-    if yes is None or re.search(r"\b(left|right|bilateral|confined|lobe)\b", question, re.I):
-        return {}
-    if _HEALTHY.search(question) or _ABNORMAL.search(question):
-        if _ONLY_A_PART.search(question):  # "Are the lungs normal size?" says nothing of what is in them
-            return {}
-        if yes == (1.0 if _HEALTHY.search(question) else 0.0):
-            return dict.fromkeys((*ANNOTATED[:4], "pneumonia", "COVID-19 pneumonia"), 0.0)
-        return {}
-    return {name: yes for name, pattern in _ASKED.items() if re.search(pattern, question, re.I)}
-
-
-def side_of(mask: np.ndarray, right: np.ndarray, left: np.ndarray, share: float = 0.15) -> str | None:
-    """Side of the patient a target lies on: "both" when each lung holds at least ``share`` of what lies in the lungs.
-
-    mask, right, left: bool arrays on one grid; right and left are the patient's lungs. None outside the lungs.
-    """
-    in_right, in_left = int((mask & right).sum()), int((mask & left).sum())
-    total = in_right + in_left
-    if total == 0:
-        return None
-    if min(in_right, in_left) >= share * total:
-        return "both"
-    return "right" if in_right > in_left else "left"
-
-
-def conversations(row: Mapping[str, Any], image, masks: Sequence[Mask], targets: Sequence[str]) -> Iterator[Sample]:
-    """Every short conversation that a manifest row supports about its one image.
+def conversations(group: Iterable[Sample], targets: Sequence[str] | None = None, findings: Sequence[str] | None = None,
+                  modalities: Sequence[str] | None = None, *, kinds: Iterable[str] = KINDS, annotated: Sequence[str] = (), absent: Sequence[str] = (),
+                  variety: float = 0.4, style: str = "qwen3",
+                  label: Callable[[str], Mapping[str, float | None]] | None = None) -> Iterator[Sample]:  # fmt: skip
+    """Every short conversation that a group of samples supports about its image.
 
     Args:
-        image: the row's image. masks: its outlines, labelled in the data set's names.
-        targets: structures a model learns to outline; those known to be absent get an empty mask.
+        group: all samples of one image, as ``manifest.row_samples`` or a data set gives them; of several images only what is
+            outlined, labelled, asked and written is used; of none, what is asked.
+        targets: structures a model learns to outline, those known to be absent with an empty mask; None: what is outlined here.
+        findings: those a model learns to name; None: all that the data tell.
+        modalities: those asked after by yes or no; None: the image's own and another.
+        kinds: of ``KINDS``. annotated: names (in words) that this data set outlines or boxes wherever they are: where they
+            are not, though others are, they are absent. absent: names that are surely in none of these images.
+        variety: share of the questions that are not asked in the plainest way, drawn by the conversation's id.
+        style: how a box is written, see :func:`medvlm.datasets.sentences.box_text`. label: reads a report, see ``facts.stated``.
 
-    Each Sample has one question and one answer; an answer with ``<|seg|>`` has one Mask (exact) or Region (a box).
+    Each Sample has one question and one answer, but for those that the data set asks, which keep their turns. An answer with
+    ``<|seg|>`` has one Mask (exact) or Region (a box); one of coordinates has its Regions, in their order, and ``meta["style"]``, so
+    that who moves the picture can write it anew (``sentences.boxes_text``). ``labels`` hold the findings, and
+    "modality:xray" and "view:PA" where they are known. Whether a text may be learnt is the recipe's to decide.
     """
-    stated = facts(row)
-    view = ((row.get("labels") or {}).get("view") or "")[:2]
-    kinds = {f"modality:{row['modality']}": 1.0} | ({f"view:{view}": 1.0} if view in ("PA", "AP") else {})
-    base = Sample(row["id"], row.get("patient"), {image.id: image}, labels=stated | kinds, meta={"row": row["id"], "split": row.get("split")})
-    counter = iter(range(10**6))
+    group, kinds = list(group), frozenset(kinds)
+    if not group:
+        return
+    first = group[0]
+    images = list(first.images.values())
+    told = _Told(group, facts.case_of(group) if images else None, kinds, targets, findings, modalities, annotated, absent, style, label)
+    row, name, labels = str(first.meta.get("row") or first.id), str(first.meta.get("row") or first.id), {}
+    if told.case is not None:
+        view = facts.view(told.case)
+        name, labels = told.case.name, told.stated | {f"modality:{told.case.image.modality}": 1.0} | ({f"view:{view}": 1.0} if view else {})
+    base = Sample(name, first.patient, first.images, labels=labels, meta={"row": row, "split": first.meta.get("split")})
+    makers = [_asked] if not images else [_segment, _asked, _finding, _texts] if len(images) > 1 else _EVERY
+    talks = (talk for maker in makers for talk in maker(told) if talk.kind in kinds)
+    for number, talk in enumerate(talks):
+        ident = f"{name}#{number}"
+        question = _pick(talk.ask, _lot(ident), variety)
+        more = {"turns": (Turn("user", question), Turn("assistant", talk.answer)), **talk.more}
+        yield replace(base, id=ident, meta={**base.meta, "kind": talk.kind, **talk.meta}, **more)
 
-    def turn(question: str, answer: str, kind: str, **more) -> Sample:
-        meta = {**base.meta, "kind": kind, **more.pop("meta", {})}
-        return replace(base, id=f"{row['id']}#{next(counter)}", turns=(Turn("user", question), Turn("assistant", answer)), meta=meta, **more)
 
-    arrays = {word(m.label): m.array for m in masks}
-    empty = np.zeros(image.shape[1:], bool)
-    boxes = {word(b["label"]): b["xyxy"] for b in row.get("boxes") or ()}
-    foreign = row["modality"] not in ("xray",)
-    for target in targets:
-        question = f"Segment the {target}."
-        if target in arrays:
-            yield turn(question, SEG, "segment", masks=(Mask(image.id, target, arrays[target]),))
-        elif row["modality"] == "xray" and target in boxes:
-            left, top, right, bottom = boxes[target]
-            yield turn(question, SEG, "segment", regions=(Region(image.id, target, ((top, left), (bottom, right))),))
-        elif foreign or stated.get(target) == 0.0:
-            yield turn(question, SEG, "segment", masks=(Mask(image.id, target, empty),))
-    for qa in () if foreign else row.get("qa") or ():
-        yield turn(qa["question"], str(qa["answer"]).strip().lower(), "asked", group=qa.get("pair"), meta={"qid": str(qa["qid"])})
-    for name, value in stated.items():
-        if name == "normal":
+def _segment(told: _Told) -> Iterator[_Talk]:
+    case, names = told.case, told.targets
+    if "segment" not in told.kinds:
+        return
+    if names is None and told.drawn:
+        names = dict.fromkeys((*case.outlines, *case.boxes, *(n for n in (*told.annotated, *facts.FAR.values()) if told.lacks(n))))
+    for name in names or ():
+        if name in case.outlines:
+            more = {"masks": (Mask(case.image.id, name, case.outlines[name]),)}
+        elif len(case.corners.get(name, ())) == 1:
+            more = {"regions": (Region(case.image.id, name, case.corners[name][0]),)}
+        elif name not in case.boxes and told.lacks(name):
+            more = {"masks": (Mask(case.image.id, name, np.zeros(case.image.shape[1:], bool)),)}
+        else:
             continue
-        yield turn(f"Is there {name} in this chest X-ray?", "yes" if value else "no", "finding")
-        side = None
-        if value and name in SIDED and name in arrays and {"right lung", "left lung"} <= arrays.keys():
-            side = side_of(arrays[name], arrays["right lung"], arrays["left lung"])
-        yield from (turn(*d, "describe") for d in describe(name, "present" if value else "absent", side))
-    kind = MODALITY_WORDS.get(row["modality"])
-    if kind:
-        yield turn("What kind of image is this?", kind, "modality")
-        yield turn("Is this a chest X-ray?", "no" if foreign else "yes", "modality")
-    if view in ("PA", "AP"):
-        yield turn("Is this a PA or AP film?", view, "view")
+        yield _Talk("segment", _ask(told, "segment", name), SEG, more)
+
+
+def _asked(told: _Told) -> Iterator[_Talk]:
+    for s in told.group:
+        if s.question and s.answer:
+            kind = "text" if told.case is None else "report" if s.verb == "report" else "asked"
+            areas = {} if SEG not in s.answer else {"masks": s.masks} if s.masks else {"regions": s.regions}
+            yield _Talk(kind, (s.question,), s.answer, {"turns": s.turns, "group": s.group, "choices": s.choices, **areas}, {"qid": str(s.meta.get("qid", s.id))})
+
+
+def _finding(told: _Told) -> Iterator[_Talk]:
+    for name, value in told.found.items():
+        yield _Talk("finding", _ask(told, "finding", name), _yes(value))
+        side = facts.side(told.case, name) if value and "describe" in told.kinds else None
+        yield from (_Talk("describe", (question,), answer) for question, answer in describe(name, "present" if value else "absent", side))
+
+
+def _modality(told: _Told) -> Iterator[_Talk]:
+    own = told.case.image.modality
+    if told.picture is None:
+        return
+    yield _Talk("modality", _ask(told, "modality"), told.picture)
+    for modality in told.modalities or (own, str(told.lot.choice([m for m in MODALITY_WORDS if m != own]))):
+        asked = told.picture if modality == own else MODALITY_WORDS[modality]
+        yield _Talk("modality", [q.format(picture=asked) for q in ASK["is"]], _yes(modality == own))
+
+
+def _view(told: _Told) -> Iterator[_Talk]:
+    if view := facts.view(told.case):
+        yield _Talk("view", ASK["view"], view)
+
+
+def _locate(told: _Told) -> Iterator[_Talk]:
+    if "locate" not in told.kinds:
+        return
+    for name in told.drawn:
+        where = list(facts.places(told.case, name))
+        best = "in both lungs" if facts.side(told.case, name) == "both" else where[0].said.format(where[0].true) if where else ""
+        if best:
+            yield _Talk("locate", _ask(told, "where", name), f"{best[0].upper()}{best[1:]}.")
+        for place in where:
+            for option in place.options:
+                yield _Talk("locate", _ask(told, "there", name, place=place.said.format(option)), _yes(option == place.true))
+    for name in told.missed:
+        yield _Talk("locate", _ask(told, "where", name), *_ask(told, "none", name))
+
+
+def _box(told: _Told) -> Iterator[_Talk]:
+    image = told.case.image
+    if "box" not in told.kinds or not isinstance(image, Image):
+        return
+    height, width = image.shape[1:]
+    for name in told.drawn:
+        boxes = told.case.corners.get(name) or _one_part(told.case.outlines[name])
+        kept = [((max(0, t), max(0, l)), (min(height, b), min(width, r))) for (t, l), (b, r) in boxes]  # annotators drag beyond the edge
+        if 0 < len(kept) <= MOST_BOXES:
+            text = sentences.boxes_text(sorted(kept), (height, width), name, told.style)
+            yield _Talk("box", _ask(told, "box", name) if len(kept) == 1 else _ask(told, "boxes", sentences.plural(name)), text,
+                        {"regions": tuple(Region(image.id, name, b) for b in sorted(kept))}, {"style": told.style})  # fmt: skip
+    for name in told.missed:
+        yield _Talk("box", _ask(told, "box", name), *_ask(told, "none", name))
+
+
+def _count(told: _Told) -> Iterator[_Talk]:
+    counts = {n: c for n, c in told.case.counts.items() if not facts.structure(n)}
+    counts |= {n: 0 for n in told.annotated if counts and told.all.get(n) == 0}
+    for name, count in counts.items():
+        yield _Talk("count", _ask(told, "count", sentences.plural(name)), str(count))
+
+
+def _organ(told: _Told) -> Iterator[_Talk]:
+    if part := facts.part(told.case):
+        yield _Talk("organ", _ask(told, "part"), f"the {part}")
+        for name in (part, str(told.lot.choice(facts.others(part)))):
+            yield _Talk("organ", _ask(told, "of", name), _yes(name == part))
+    shown = {n: v for n, v in told.all.items() if n not in told.stated and facts.structure(n)}
+    shown |= {n: 0.0 for n in facts.FAR.values() if n not in told.all and facts.elsewhere(told.case, n)}
+    for name, value in shown.items():
+        yield _Talk("organ", _ask(told, "organ", name), _yes(value))
+
+
+def _plane(told: _Told) -> Iterator[_Talk]:
+    if plane := facts.plane(told.case):
+        yield _Talk("plane", ASK["plane"], plane)
+        wrong = str(told.lot.choice([p for p in ("axial", "coronal", "sagittal") if p != plane]))
+        for name in (plane, wrong):
+            yield _Talk("plane", [q.format(a="an " if name == "axial" else "a ", name=name) for q in ASK["is plane"]], _yes(name == plane))
+
+
+def _abnormal(told: _Told) -> Iterator[_Talk]:
+    if (ill := facts.abnormal(told.case, told.stated)) is not None:
+        yield _Talk("abnormal", _ask(told, "abnormal"), _yes(ill))
+
+
+def _texts(told: _Told) -> Iterator[_Talk]:
+    texts = {s.answer: "report" if "sections" in s.meta or s.verb == "report" else "caption" for s in told.group if s.answer and not s.question}
+    texts |= {str(s.meta["caption"]): "caption" for s in told.group if s.meta.get("caption")}
+    yield from (_Talk(kind, _ask(told, kind), text) for text, kind in texts.items())
+
+
+_EVERY = (_segment, _asked, _finding, _modality, _view, _locate, _box, _count, _organ, _plane, _abnormal, _texts)
+
+
+def _ask(told: _Told, kind: str, name: str = "", place: str = "") -> list[str]:
+    picture = (told.picture or "an image").partition(" ")[2]
+    be, do = ("are", "do") if sentences.many(name) else ("is", "does")
+    words = {"name": name, "a": sentences.article(name) if name else "", "be": be, "Is": be.capitalize(), "do": do, "Do": do.capitalize()}
+    return [q.format(**words, picture=picture, place=place) for q in ASK[kind]]
+
+
+def _yes(value: float) -> str:
+    return "yes" if value else "no"
+
+
+def _one_part(mask: np.ndarray) -> list:
+    """The box around an outline in one piece; of one in several, a box says little."""
+    from scipy.ndimage import label
+
+    return [box_of(mask)] if label(mask, np.ones((3, 3)))[1] == 1 else []
+
+
+def _pick(options: Sequence[str], lot: np.random.Generator, variety: float) -> str:
+    return options[0] if len(options) == 1 or lot.random() >= variety else options[int(lot.integers(1, len(options)))]
+
+
+def _lot(name: str) -> np.random.Generator:
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]))
 
 
 def describe(label: str, state: str, side: str | None = None) -> Iterator[tuple[str, str]]:
@@ -159,26 +316,26 @@ def describe(label: str, state: str, side: str | None = None) -> Iterator[tuple[
         yield sentences.prompt(label, state, side), sentence
 
 
-def restructured(row: Mapping[str, Any]) -> Iterator[Sample]:
+def restructured(group: Iterable[Sample]) -> Iterator[Sample]:
     """Text-only conversations from the structured labels of a report (Rad-ReStruct), never from the report's text.
 
     Source: Rad-ReStruct, Pellegrini et al. 2023, arXiv:2307.05766 (question tree: existence, body part, attributes).
     """
-    names = [re.search(r"^(.+)_(?:diseases|signs|objects)_(.+)$", p) for p in (row.get("labels") or {}).get("radrestruct_positive") or ()]
+    group = list(group)
+    row = str(group[0].meta["row"])
+    names = [re.search(r"^(.+)_(?:diseases|signs|objects)_(.+)$", p) for p in (group[0].meta.get("labels") or {}).get("radrestruct_positive") or ()]
     positive = sorted({_plain(m.group(2)) for m in names if m})
     sided = {_plain(m.group(2)) for m in names if m and m.group(1) in ("lung", "pleura")}
-    base = Sample(row["id"], row.get("patient"), meta={"row": row["id"], "split": row.get("split")})
+    base = Sample(row, group[0].patient, meta={"row": row, "split": group[0].meta.get("split")})
     listed = "Findings: " + ("; ".join(positive) if positive else "none") + "."
-    asked = [(q["question"], str(q["answer"])) for q in row.get("qa") or () if str(q["answer"]) in ("yes", "no") and "Is there" in q["question"]]
-    pairs = [(f"{listed} {q}", a) for q, a in asked]
+    pairs = [(f"{listed} {s.question}", s.answer) for s in group if s.answer in ("yes", "no") and "Is there" in s.question]
     for i, name in enumerate(positive):
-        state, side = ("present", "possible")[i % 5 == 4], (None, "right", None, "left", "both")[(i + len(row["id"])) % 5]
+        state, side = ("present", "possible")[i % 5 == 4], (None, "right", None, "left", "both")[(i + len(row)) % 5]
         side = side if name in sided else None
         pairs += list(describe(name, state, side)) + [(f"{listed} Is there {name}?", "yes")]
         pairs += list(describe(name, "absent"))[:2]
     for i, (question, answer) in enumerate(pairs):
-        yield replace(base, id=f"{row['id']}#{i}", turns=(Turn("user", question), Turn("assistant", answer)),
-                      meta={**base.meta, "kind": "text"})  # fmt: skip
+        yield replace(base, id=f"{row}#{i}", turns=(Turn("user", question), Turn("assistant", answer)), meta={**base.meta, "kind": "text"})
 
 
 def _plain(name: str) -> str:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -21,12 +21,39 @@ import numpy as np
 from ..evaluate.answers import normalise
 from ..evaluate.base import cluster
 from ..evaluate.probe import category, gold
+from ..imaging.scan import Volume
 from ..sample import Sample, Turn
-from .facts import ANNOTATED, Ask, Case, asks, cases
+from .facts import (
+    ANNOTATED,
+    FAR,
+    MODALITY_NAMES,
+    NORMAL,
+    PARTS,
+    Case,
+    abnormal,
+    apart,
+    cases,
+    part,
+    places,
+    regions,
+    statements,
+    structure,
+)
+from .sentences import article, word
 
 KINDS = ("modality", "organ", "finding", "abnormality", "position")
 """What is asked after; also ``meta["probe_category"]``."""
 _KEPT = ("split", "modality", "organ", "dataset", "labels")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question and its true answer. pool: its twin is a question of the same pool with the other answer; None where it wants none."""
+
+    kind: str
+    question: str
+    yes: bool
+    pool: str | None
 
 
 def build(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
@@ -59,16 +86,73 @@ def questions(samples: Sequence[Sample], kinds: Iterable[str] = KINDS, seed: int
 
     Args:
         samples: of one data set; those about the same image are taken together. Samples of several images are passed over.
-        annotated: names (in the words of :func:`medvlm.datasets.instruct.word`) that were outlined wherever they were: one
+        annotated: names (in the words of :func:`medvlm.datasets.sentences.word`) that were outlined wherever they were: one
             that is outlined on some image is absent from every outlined image where it is not.
         label: reads a report: {finding: 1 present | 0 denied | anything else not known}; without it reports are not used.
 
     ``meta``: row, probe_category, adversarial, pool (what may be its twin), and what the samples say of their image.
     """
     found: list[Sample] = []
-    for case, said in asks(cases(samples), tuple(kinds), frozenset(annotated), label, seed):
+    for case, said in _asks(cases(samples), tuple(kinds), frozenset(annotated), label, seed):
         found += [_probe(case, ask) for ask in said]
     return found
+
+
+def _asks(all_cases: Sequence[Case], kinds: Sequence[str], annotated: frozenset[str], label: Callable[[str], Mapping[str, float | None]] | None,
+         seed: int) -> Iterator[tuple[Case, list[Ask]]]:  # fmt: skip
+    """Each case with its questions, each question once; see :func:`questions`."""
+    modalities = sorted({c.image.modality for c in all_cases} & MODALITY_NAMES.keys())
+    parts = {c.row: part(c) for c in all_cases}
+    shown = sorted({p for p in parts.values() if p})
+    drawn = {n for c in all_cases for n in (*c.outlines, *c.boxes)}
+    outlined = sorted({n for c in all_cases for n in c.outlines} & annotated)
+    boxed = sorted({n for c in all_cases for n in c.boxes if not structure(n)})
+    for case in all_cases:
+        lot = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{seed} {case.name}".encode()).digest()[:8]))
+        told = _told(case, outlined, boxed, label)
+        findings = {n: v for n, v in told.items() if n in map(word, case.labels) or n not in drawn or not structure(n)}
+        found: list[Ask] = []
+        if "modality" in kinds and case.image.modality in MODALITY_NAMES:
+            found += _one_of("modality", "Is this {}?", case.image.modality, modalities, MODALITY_NAMES, lot)
+        if "organ" in kinds:
+            if parts[case.row]:
+                found += _one_of("organ", "Is this an image of the {}?", parts[case.row], shown, {p: p for p in PARTS}, lot)
+            here = {n: v for n, v in told.items() if n not in findings} | dict.fromkeys(_far(case), False)
+            found += [Ask("organ", f"Does this image show the {n}?", bool(v), "organ shown") for n, v in here.items()]
+        if "finding" in kinds:
+            found += [Ask("finding", f"Does this image show {article(n)}{n}?", bool(v), "finding") for n, v in findings.items() if not NORMAL.match(n)]
+        if "abnormality" in kinds and (ill := abnormal(case, findings)) is not None:
+            found.append(Ask("abnormality", "Does this image show any abnormality?", ill, None))
+        if "position" in kinds:
+            found += _positions(case, told)
+        yield case, list({a.question: a for a in found}.values())
+
+
+def _one_of(kind: str, question: str, true: str, there: Sequence[str], names: Mapping[str, str], lot: np.random.Generator) -> list[Ask]:
+    """The true one, and as wrong ones those the data show elsewhere, or one by lot where they show none."""
+    wrong = [x for x in there if x != true] or [str(lot.choice([x for x in names if x != true]))]
+    return [Ask(kind, question.format(names[x]), x == true, kind) for x in (true, *wrong)]
+
+
+def _told(case: Case, outlined: Iterable[str], boxed: Iterable[str], label: Callable | None) -> dict[str, float]:
+    """{name: 1 | 0} of what is said, and not contradicted."""
+    found: dict[str, set[float]] = {}
+    for _, name, value in statements(case, outlined, boxed, label):
+        found.setdefault(name, set()).add(value)
+    return {name: values.pop() for name, values in found.items() if len(values) == 1}
+
+
+def _far(case: Case) -> list[str]:
+    """Structures of ``FAR`` that lie at least two regions from a structure this image shows, and a short volume is all there is."""
+    if not isinstance(case.image, Volume):
+        return []
+    return [name for region, name in FAR.items() if apart(case, {region}, regions(case)) and name not in case.outlines]
+
+
+def _positions(case: Case, told: Mapping[str, float]) -> Iterator[Ask]:
+    for name in {**case.boxes, **case.outlines}:
+        for place in places(case, name) if told.get(name) == 1 else ():
+            yield from (Ask("position", f"Is the {name} {place.said.format(o)}?", o == place.true, f"{name} {place.kind}") for o in place.options)
 
 
 def _probe(case: Case, ask: Ask) -> Sample:

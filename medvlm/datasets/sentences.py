@@ -1,4 +1,4 @@
-"""How a finding is put into words, and whether a sentence says it; how a box is put into words, and which ones a text says.
+"""How findings and boxes are put into words, and what words say of them: names, sentences, questions, boxes.
 
 The language model is trained to write the sentences of a short structured report from a finding, its state and its side;
 every sentence that it writes is checked against the same finding before anybody reads it.
@@ -12,8 +12,81 @@ from collections.abc import Sequence
 
 from ..errors import UsageError
 
+WORDS = {
+    "cardiomediastinum": "heart and mediastinum", "ground_glass_opacities": "ground-glass opacity",
+    "monitoring_probes": "monitoring leads", "covid-19": "COVID-19 pneumonia", "ards": "ARDS", "vessel": "vessels",
+    "nucleus": "nuclei",
+}  # fmt: skip
+_SIDE = re.compile(r"\b(left|right)\b")
+_TITLE = re.compile(r"\b[A-Z][a-z]+\b")
+_OBSERVER = re.compile(r"[_ ]+observer[_ ]?\d+$")
+_COUNTED = re.compile(r"\b(tube|line|catheter|device|pacemaker|lead|probe|wire|lesion|nodule|mass|tumou?r|fracture|cyst|polyp|stone|ulcer|effusion|"
+                      r"pneumothorax|aneurysm|infarct)$", re.I)  # fmt: skip
+_MANY = re.compile(r"(nuclei|vertebrae|bronchi|(?<!ascite)(?<!carie)(?<![suiao])s)$")
+_ASKED = {
+    "pneumothorax": r"pneumothora",
+    "pleural effusion": r"pleural effusion",
+    "consolidation": r"consolidation",
+    "ground-glass opacity": r"ground-glass",
+    "cardiomegaly": r"cardiomegaly|heart (is )?(abnormally )?(enlarged|large)|heart size abnormal",
+    "endotracheal tube": r"endotracheal tube|intubated",
+    "nasogastric tube": r"nasogastric|\bng tube",
+    "central venous line": r"central venous line",
+}
+_HEALTHY = re.compile(r"\b(is|are)\b.*\b(this|the) (image|chest x-ray|film|lungs?|x ray)( study)? normal|is this a normal", re.I)
+_ABNORMAL = re.compile(r"(any|there) (intraparenchymal )?abnormalit|is (this|the) (image|film) abnormal|anything abnormal", re.I)
+_ONLY_A_PART = re.compile(r"\b(size|shape|aort\w*|heart|upper|lower|base|bases|ap[ei]x|hil\w+|ribs?|bones?|mediastin\w+)\b", re.I)
+_OF_LUNGS = ("consolidation", "ground-glass opacity", "pleural effusion", "pneumothorax", "pneumonia", "COVID-19 pneumonia")
+"""What a chest X-ray that somebody calls normal has none of."""
 STATES = ("present", "possible", "absent")
 SIDES = {"right": "on the right", "left": "on the left", "both": "on both sides"}
+
+
+def word(name: str) -> str:
+    """A data set's name of a finding or structure in the words of a report: "Pleural_Effusion" -> "pleural effusion", "RBC" stays."""
+    return WORDS.get(name, _TITLE.sub(lambda m: m[0].lower(), name.replace("_", " ")))
+
+
+def spoken(name: str) -> str:
+    """A data set's name as one says it: "lung_upper_lobe_left" -> "left lung upper lobe", observers left out."""
+    name = word(_OBSERVER.sub("", name))
+    side = _SIDE.search(name)
+    return f"{side[0]} {' '.join(_SIDE.sub(' ', name).split())}" if side and not name.startswith(side[0]) else name
+
+
+def article(name: str) -> str:
+    """ "a " or "an " before what is counted, else ""."""
+    return ("an " if name[0] in "aeiou" else "a ") if _COUNTED.search(name) else ""
+
+
+def plural(name: str) -> str:
+    """Of what is counted; other names stay ("nuclei", "RBC")."""
+    if not _COUNTED.search(name):
+        return name
+    return f"{name[:-1]}ces" if name.endswith("thorax") else f"{name}es" if name.endswith("s") else f"{name}s"
+
+
+def many(name: str) -> bool:
+    """Whether a name is of several things ("vessels"), by its ending."""
+    return bool(_MANY.search(name))
+
+
+def fact_of(question: str, answer: str) -> dict[str, float]:
+    """{finding: 1 | 0} that one yes/no question about a whole chest X-ray tells; {} for questions of side, degree or anything else.
+
+    >>> fact_of("Is there a pneumothorax?", "No")
+    {'pneumothorax': 0.0}
+    >>> fact_of("Is the pleural effusion on the left?", "no")
+    {}
+    """
+    yes = {"yes": 1.0, "no": 0.0}.get(answer.strip().lower())
+    if yes is None or re.search(r"\b(left|right|bilateral|confined|lobe)\b", question, re.I):
+        return {}
+    if _HEALTHY.search(question) or _ABNORMAL.search(question):
+        if _ONLY_A_PART.search(question):  # "Are the lungs normal size?" says nothing of what is in them
+            return {}
+        return dict.fromkeys(_OF_LUNGS, 0.0) if yes == (1.0 if _HEALTHY.search(question) else 0.0) else {}
+    return {name: yes for name, pattern in _ASKED.items() if re.search(pattern, question, re.I)}
 
 
 def prompt(label: str, state: str, side: str | None = None) -> str:
@@ -78,6 +151,18 @@ def box_text(box: Box, size: Sequence[int], label: str = "", style: str = "qwen3
     if style == "paligemma":
         return "".join(f"<loc{v:04d}>" for v in (top, left, bottom, right)) + (f" {label}" if label else "")
     return json.dumps({"bbox_2d": [left, top, right, bottom], **({"label": label} if label else {})}, ensure_ascii=False)
+
+
+def boxes_text(boxes: Sequence[Box], size: Sequence[int], label: str = "", style: str = "qwen3") -> str:
+    """Boxes of one label as a language model writes them: one as :func:`box_text`, several as a JSON list or parted by " ; ".
+
+    Arguments and errors: see :func:`box_text`. Sources: the list, as supervision reads Qwen3-VL (roboflow/supervision,
+    pull request 2015); " ; ", as PaliGemma's own demo reads it (spaces/big-vision/paligemma, paligemma_parse.py).
+    """
+    found = [box_text(b, size, label, style) for b in boxes]
+    if len(found) == 1:
+        return found[0]
+    return " ; ".join(found) if style == "paligemma" else f"[{', '.join(found)}]"
 
 
 def boxes_in(text: str, size: Sequence[int], style: str = "qwen3") -> list[tuple[Box, str]]:

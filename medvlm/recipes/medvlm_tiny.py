@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import timm
 
-from ..datasets import instruct, manifest
+from ..datasets import instruct
+from ..imaging.scan import Image, Volume
 from ..language import IMAGE, SEG, train_tokenizer
-from ..sample import Sample
+from ..sample import Sample, Turn
 from ..vlm import MedVLMConfig
 from .base import Recipe, Stage
 
@@ -29,6 +30,8 @@ REPORTED = ("ground-glass opacity", "consolidation", "cardiomegaly", "endotrache
 MODALITIES = ("xray", "ct", "mr", "fundus", "pathology")
 VIEWS = ("PA", "AP")
 SLICES_A_VOLUME = 6
+KINDS = ("segment", "asked", "finding", "describe", "modality", "view")
+"""Of conversations about chest X-rays."""
 
 
 def model(tokenizer, size: int = 256, backbone: str = "regnety_004", dim: int = 192, layers: int = 4) -> MedVLMConfig:
@@ -61,44 +64,43 @@ def model(tokenizer, size: int = 256, backbone: str = "regnety_004", dim: int = 
     )  # fmt: skip
 
 
-def samples(data: Path, name: str, split: str) -> Iterator[Sample]:
-    """Conversations of one data set; the text of the IU reports is never read, only their structured labels.
+def samples(group: list[Sample], name: str, split: str) -> Iterator[Sample]:
+    """Conversations about one image; the text of the IU reports is never read, only their structured labels.
 
     "NAME/outlined" is what of NAME has exact outlines, to be drawn more often than the rest while training.
     """
     name, _, outlined = name.partition("/")
-    if outlined and split != "train":
+    if outlined and (split != "train" or not any(s.masks for s in group)):
         return
-    for row in manifest.rows(data / name, split):
-        if outlined and not row.get("mask"):
-            continue
-        if name == "report_iu":
-            yield from instruct.restructured(row)
-        elif name.startswith("vol_"):
-            yield from _slices(row)
-        else:
-            if row["modality"] == "ct_or_mr":
-                continue
-            (image,) = manifest.open_images(row)
-            mine = row["modality"] == "xray"  # of other pictures only the kind is learnt, and that no target is there
-            outlines = manifest.read_masks(row, image) if mine else []
-            yield from instruct.conversations(row if mine else {**row, "boxes": [], "mask": None}, image, outlines, TARGETS)
+    if name == "report_iu":
+        yield from instruct.restructured(group)
+        return
+    image = next(iter(group[0].images.values()))
+    if image.modality == "xray":
+        for s in instruct.conversations(group, TARGETS, FINDINGS, ("xray",), kinds=KINDS, annotated=instruct.ANNOTATED, variety=0):
+            yield replace(s, turns=(s.turns[0], Turn("assistant", s.answer.strip().lower()))) if s.meta["kind"] == "asked" else s
+    elif image.modality in MODALITIES:  # of other pictures only the kind is learnt, and that no target is there
+        for bare in _slices(group[0]) if isinstance(image, Volume) else [_bare(group[0], image)]:
+            yield from instruct.conversations([bare], TARGETS, (), ("xray",), kinds=("segment", "modality"), absent=TARGETS, variety=0)
 
 
-def _slices(row) -> Iterator[Sample]:
+def _bare(sample: Sample, image: Image, at: str = "") -> Sample:
+    """A picture about which nothing is said."""
+    row = f"{sample.meta['row']}{at}"
+    return Sample(row, sample.patient, {image.id: image}, meta={"row": row, "split": sample.meta.get("split")})
+
+
+def _slices(sample: Sample) -> Iterator[Sample]:
     """Axial slices of a volume as pictures, so that the model knows what it has not learnt to read."""
-    from ..imaging.scan import Image
-
-    (volume,) = manifest.open_images(row)[:1]
-    volume = volume.reorient("SPL")
+    volume = next(iter(sample.images.values())).reorient("SPL")
     count = volume.shape[1]
     for k in range(SLICES_A_VOLUME):
         at = int((k + 0.5) / SLICES_A_VOLUME * count)
         image = Image(f"{volume.modality}-1", volume.voxels[:, at], volume.spacing[1:], volume.modality, volume.unit, {})
-        yield from instruct.conversations({**row, "id": f"{row['id']}@{at}", "mask": None}, image, [], TARGETS)
+        yield _bare(sample, image, f"@{at}")
 
 
-def tokenizer(texts):
+def tokenizer(texts, args):
     """A vocabulary of the conversations at hand."""
     return train_tokenizer(texts, vocab_size=2048)
 
