@@ -18,6 +18,7 @@ from ..errors import MedVLMError, ModelError
 from ..imaging.scan import Image, Volume
 from ..imaging.seg import read_seg
 from ..sample import Mask, Region, Sample, Turn
+from .checks import blank, leave_out, touch
 
 KNOWN = {"id", "image", "modality", "split", "patient", "text", "findings", "mask", "boxes", "qa"}
 MODALITIES = {"xray", "ct", "mr", "ct_or_mr", "pet", "nm", "fundus", "pathology", "ultrasound", "endoscopy",
@@ -27,10 +28,11 @@ MASK_TYPES = {"binary", "instance", "labelmap", "volume_binary", "volume_labelma
 _KINDS = {str: "a string", dict: "an object", list: "a list"}
 
 
-def rows(path: str | Path, split: str | None = None) -> Iterator[dict[str, Any]]:
+def rows(path: str | Path, split: str | None = None, bad: list[dict] | None = None) -> Iterator[dict[str, Any]]:
     """The rows of a manifest file, or of the ``manifest.jsonl`` in a folder; checked.
 
     split: only rows of this split; all rows where the manifest has no row of that split and no split at all.
+    bad: None to raise the first error, or a list that takes up the lines that break a rule (see :func:`.checks.leave_out`).
 
     Raises:
         ModelError: BAD_MANIFEST with the line number, the field, what was found and what was expected.
@@ -40,13 +42,18 @@ def rows(path: str | Path, split: str | None = None) -> Iterator[dict[str, Any]]
     if not path.is_file():
         raise ModelError(f"{path} does not exist", "BAD_MANIFEST")
     seen: dict[str, int] = {}
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            row = _check(line, path.name, number)
-            if row["id"] in seen:
-                raise ModelError(f"{path.name} line {number}: id {row['id']!r} was used on line {seen[row['id']]}", "BAD_MANIFEST")
+            row = None
+            try:
+                row = parse(line, path.name, number)
+                if row["id"] in seen:
+                    raise ModelError(f"{path.name} line {number}: id {row['id']!r} was used on line {seen[row['id']]}", "BAD_MANIFEST")
+            except ModelError as error:
+                leave_out(bad, error, number, row and row["id"])
+                continue
             seen[row["id"]] = number
             if split is None or row.get("split", split) == split:
                 yield row | {"_folder": path.parent, "_line": number}
@@ -56,6 +63,47 @@ def samples(path: str | Path, split: str | None = None) -> Iterator[Sample]:
     """The samples of a manifest. Images are opened once a row and their pixels read when first used."""
     for row in rows(path, split):
         yield from row_samples(row)
+
+
+def row_group(row: dict[str, Any], bad: list[dict] | None = None, pixels: bool = False) -> list[Sample]:
+    """The samples of one row, fit to learn from: its texts are not blank, its image and masks are there and fit together.
+
+    bad: None to raise what is wrong, or a list that takes it up: blank texts are then left out, else the whole row ([]).
+    pixels: read every image whole too, see :func:`.checks.touch`.
+    """
+    row = filled(row, bad)
+    try:
+        group = list(row_samples(row))
+        if pixels:
+            touch(group, _at(row))
+    except MedVLMError as error:
+        leave_out(bad, error, row["_line"], row["id"])
+        return []
+    return group
+
+
+def filled(row: dict[str, Any], bad: list[dict] | None = None) -> dict[str, Any]:
+    """The row without texts, questions and answers that are blank.
+
+    Raises:
+        ModelError: EMPTY_TEXT, where ``bad`` is None and there is one.
+    """
+
+    def refuse(what: str) -> None:
+        leave_out(bad, ModelError(f"{_at(row)}: {what} is blank", "EMPTY_TEXT", "fill it in, or leave it out of the manifest"), row["_line"], row["id"])
+
+    whole = {**row}
+    if row.get("text") is not None and blank(row["text"]):
+        refuse("the text")
+        whole["text"] = None
+    if row.get("qa"):
+        whole["qa"] = []
+        for i, qa in enumerate(row["qa"]):
+            if empty := next((field for field in ("question", "answer") if blank(str(qa[field]))), None):
+                refuse(f"the {empty} of qa[{i}]")
+            else:
+                whole["qa"].append(qa)
+    return whole
 
 
 def row_samples(row: dict[str, Any]) -> Iterator[Sample]:
@@ -93,12 +141,15 @@ def open_images(row: dict[str, Any]) -> tuple[Image | Volume, ...]:
         return ()
     from ..imaging.study import read
 
-    path = _inside(row, "image", row["image"])
+    path = inside(row, "image", row["image"])
     modality = row["modality"] if row["modality"] not in ("ct_or_mr", "unknown") else None
     try:
-        return read(path, modality=modality).images
+        images = read(path, modality=modality).images
     except MedVLMError as error:
-        raise ModelError(f"manifest line {row['_line']}, image {row['image']!r}: {error.message}", error.code, error.hint) from error
+        raise ModelError(f"{_at(row)}, image {row['image']!r}: {error.message}", error.code, error.hint) from error
+    for image in images:
+        image.origin = path
+    return images
 
 
 def read_masks(row: dict[str, Any], image: Image | Volume | None, only: str | None = None) -> list[Mask]:
@@ -116,11 +167,11 @@ def read_masks(row: dict[str, Any], image: Image | Volume | None, only: str | No
     for name, file in spec.get("files", {}).items():
         if only is not None and name != only:
             continue
-        path = _inside(row, "mask file", file)
+        path = inside(row, "mask file", file)
         if not path.is_file():
-            raise ModelError(f"manifest line {row['_line']}: mask file {file!r} does not exist", "BAD_MANIFEST")
+            raise ModelError(f"{_at(row)}: mask file {file!r} does not exist", "BAD_MANIFEST")
         if image is None:
-            raise ModelError(f"manifest line {row['_line']}: a mask needs an image", "BAD_MANIFEST")
+            raise ModelError(f"{_at(row)}: a mask needs an image", "BAD_MANIFEST")
         try:
             if spec["type"] == "dicom_seg":
                 segments = read_seg(path, image)
@@ -128,7 +179,7 @@ def read_masks(row: dict[str, Any], image: Image | Volume | None, only: str | No
                 continue
             array = mask_array(path, image)
         except MedVLMError as error:
-            raise ModelError(f"manifest line {row['_line']}, mask {name!r}: {error.message}", error.code, error.hint) from error
+            raise ModelError(f"{_at(row)}, mask {name!r}: {error.message}", error.code, error.hint) from error
         if "labelmap" in spec["type"] and spec.get("labels"):
             for value, label in spec["labels"].items():
                 found.append(Mask(image.id, label, array == int(value)))
@@ -137,12 +188,16 @@ def read_masks(row: dict[str, Any], image: Image | Volume | None, only: str | No
     return found
 
 
-def _inside(row: dict[str, Any], what: str, name: str) -> Path:
+def inside(row: dict[str, Any], what: str, name: str) -> Path:
     """A path of a row, or BAD_MANIFEST when it leads out of the manifest's folder."""
     path = row["_folder"] / name
     if "\0" in name or not path.resolve().is_relative_to(row["_folder"].resolve()):
-        raise ModelError(f"manifest line {row['_line']}: {what} {name!r} lies outside the manifest's folder", "BAD_MANIFEST")
+        raise ModelError(f"{_at(row)}: {what} {name!r} lies outside the manifest's folder", "BAD_MANIFEST")
     return path
+
+
+def _at(row: dict[str, Any]) -> str:
+    return f"manifest line {row['_line']}" + (f" ({row['_shard']})" if "_shard" in row else "")
 
 
 def mask_array(path: Path, image: Image | Volume) -> np.ndarray:
@@ -176,12 +231,21 @@ def _regions(row: dict[str, Any], image: str | None) -> Iterator[Region]:
         yield Region(image or "", box["label"], ((top, left), (bottom, right)))
 
 
-def _check(line: str, file: str, number: int) -> dict[str, Any]:
+def parse(line: str, file: str, number: int) -> dict[str, Any]:
+    """The row that a line holds; ``file`` and ``number`` are said in errors.
+
+    Raises:
+        ModelError: BAD_MANIFEST.
+    """
+
     def refuse(what: str) -> NoReturn:
         raise ModelError(f"{file} line {number}: {what}", "BAD_MANIFEST")
 
     try:
+        line.encode()
         row = json.loads(line)
+    except UnicodeEncodeError:
+        refuse("not UTF-8")
     except json.JSONDecodeError as error:
         refuse(f"not JSON ({error.msg} at column {error.colno})")
     if not isinstance(row, dict):

@@ -98,7 +98,7 @@ def unzip(path: Path, what: str) -> Scratch:
             entries.sort(key=lambda e: PurePosixPath(e.filename).parts)
             numbers: dict[str, int] = {}
             for n, entry in enumerate(entries):
-                stem, ending = _split(entry.filename)
+                stem, ending = stem_and_ending(entry.filename)
                 target = scratch.path / f"{numbers.setdefault(stem, n):06d}{ending}"
                 if target.exists():  # two entries of one name: keep both
                     target = scratch.path / f"{n:06d}-twin{ending}"
@@ -136,7 +136,7 @@ def _check_entries(everything, entries, size: int, what: str) -> None:
         raise FileError(f"the archive {what} would take {unpacked >> 20} MiB; the limit is {limits.max_zip_bytes >> 20} MiB", "TOO_LARGE")
 
 
-def _split(name: str) -> tuple[str, str]:
-    """(stem, ending) of a name in an archive; an ending is kept only where it is one of ``ENDINGS``."""
+def stem_and_ending(name: str) -> tuple[str, str]:
+    """("scan.1", ".nii.gz") of "scan.1.NII.GZ"; the ending is "" where it is none of ``ENDINGS``."""
     ending = max((e for e in ENDINGS if name.lower().endswith(e)), key=len, default="")
     return name[: len(name) - len(ending)], ending

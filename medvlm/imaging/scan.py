@@ -7,6 +7,7 @@ Arrays are (C, H, W) and (C, D, H, W). An index counts voxels in array order (d,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ class Lazy:
 
 
 class _Scan:
+    origin: Path | str | None = None
+    """The file or folder that it came from, or the SHA-256 of what that held: tells equal images without decoding them."""
+
     def __init__(self, id: str, array: np.ndarray | Lazy, modality: str, unit: str, info: Mapping[str, Any] | None):
         self.id, self.modality, self.unit = id, modality, unit
         self.info: dict[str, Any] = dict(info or {})
