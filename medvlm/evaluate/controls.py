@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..datasets.mirror import swapped
 from ..imaging.scan import Image, Volume
 from ..sample import Prediction, Sample, Turn
 from . import perturb
@@ -27,9 +28,7 @@ LOOKS = (
 )
 PROVES = ("blank", "other")
 """The controls that :data:`LOOKS` rests on: both take away all that an image could tell, and nothing of the question."""
-_SIDE = re.compile(r"\b(left|right)\b|\b([LR])(?=(?:UL|ML|LL|UQ|LQ)\b)", re.I)
 _UNTOLD = re.compile(r"\b(situs|dextrocardia|levocardia|malrotat\w*|markers?|mirror\w*|flipped|orientation)\b", re.I)
-_OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
 def prepare(read: Callable[[str], list[Sample]], split: str) -> list[Sample]:
@@ -92,18 +91,9 @@ def mirrored_answer(sample: Sample, known: Mapping[tuple, str]) -> str | None:
     """
     if _UNTOLD.search(sample.question):
         return None
-    answer = known.get(_place(sample, _swapped(sample.question)))
-    answer = None if answer is None else _swapped(answer)
+    answer = known.get(_place(sample, swapped(sample.question)))
+    answer = None if answer is None else swapped(answer)
     return answer if answer is not None and reference(sample, answer) is not None else None
-
-
-def _swapped(text: str) -> str:
-    def other(m: re.Match) -> str:
-        word = m.group()
-        found = _OTHER_SIDE[word.lower()]
-        return found.upper() if word.isupper() else found.capitalize() if word[0].isupper() else found
-
-    return _SIDE.sub(other, text)
 
 
 def reference(sample: Sample, answer: str | None = None) -> str | None:

@@ -63,7 +63,7 @@ def mirrored(image: Image | Volume) -> Image | Volume:
     """
     if not sided(image):
         raise GeometryError(f"image {image.id} shows one side of the patient, so it has no left and right to swap", "ORIENTATION_UNKNOWN", "")
-    here = _letters(image)
+    here = letters(image)
     to = "".join(MIRROR.get(x, x) for x in here)
     if isinstance(image, Volume):
         return _altered(image, lambda a: np.ascontiguousarray(turned(a, here, to)))
@@ -74,10 +74,10 @@ def sided(image: Image | Volume) -> bool:
     """False for a sagittal slice and a lateral view, which have no left and right."""
     if isinstance(image, Volume):
         return True
-    return _letters(image)[0] not in MIRROR and not str(image.info.get("view") or "").upper().startswith("L")
+    return letters(image)[0] not in MIRROR and not str(image.info.get("view") or "").upper().startswith("L")
 
 
-def _letters(image: Image | Volume) -> str:
+def letters(image: Image | Volume) -> str:
     """Orientation of (d, h, w); a picture without a place in the patient is taken as it is shown, its width across the patient."""
     if isinstance(image, Volume):
         return image.orientation
