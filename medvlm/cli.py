@@ -336,14 +336,6 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
-def demo_arguments(parser: Parser) -> None:
-    parser.add_argument("study", nargs="*", metavar="STUDY", help="studies to open (default: the examples)")
-    parser.add_argument("--model", default="medvlm-tiny", help="a bundled model or a model's folder")
-    parser.add_argument("--device", help="cpu, cuda, ...")
-    parser.add_argument("--port", type=int, default=7860)
-
-
-def demo(args: argparse.Namespace) -> int:
 def shard_arguments(parser: Parser) -> None:
     parser.add_argument("data", metavar="DATA", help="a manifest.jsonl, or a folder that holds one")
     parser.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder; it is a data set wherever --data is asked for")
@@ -382,6 +374,14 @@ def shard(args: argparse.Namespace) -> int:
     return 0
 
 
+def demo_arguments(parser: Parser) -> None:
+    parser.add_argument("study", nargs="*", metavar="STUDY", help="studies to open (default: the examples)")
+    parser.add_argument("--model", default="medvlm-tiny", help="a bundled model or a model's folder")
+    parser.add_argument("--device", help="cpu, cuda, ...")
+    parser.add_argument("--port", type=int, default=7860)
+
+
+def demo(args: argparse.Namespace) -> int:
     """the review page in a browser, on this machine only"""
     from .demo.app import launch
 
@@ -467,6 +467,7 @@ VERBS: dict[str, tuple[Callable[[Parser], None], Callable[[argparse.Namespace], 
     "score": (score_arguments, score),
     "compare": (compare_arguments, compare),
     "export": (export_arguments, export),
+    "shard": (shard_arguments, shard),
     "demo": (demo_arguments, demo),
     "list": (list_arguments, list_parts),
 }
@@ -475,7 +476,6 @@ VERBS: dict[str, tuple[Callable[[Parser], None], Callable[[argparse.Namespace], 
 def parser() -> Parser:
     top = Parser(prog="medvlm", description="Medical images and language: read, ask, segment, report, train and score. Research use only.")
     top.add_argument("--version", action="version", version=f"medvlm {__version__}")
-    "shard": (shard_arguments, shard),
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     for name, (arguments, work) in VERBS.items():
         about = " ".join((work.__doc__ or "").split())
