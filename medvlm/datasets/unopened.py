@@ -25,8 +25,8 @@ class _Unopened:
     later: tuple[str, ...]
 
     def __init__(self, file: Path, id: str, modality: str | None, at: str):
-        self.id, self.modality, self._file, self._told, self._at = id, modality or "unknown", file, modality, at
-        self.info: dict[str, Any] = {"file": file, "warnings": []}
+        self.id, self.modality, self.origin, self._told, self._at = id, modality or "unknown", file, modality, at
+        self.info: dict[str, Any] = {"warnings": []}
 
     def __getattr__(self, name: str) -> Any:  # only what is not there yet is asked for here
         if name not in self.later:
@@ -44,7 +44,7 @@ class _Unopened:
 
     def _opened(self) -> Image | Volume:
         with _named(self._at, "image"):
-            found = _held(self._file, self._told, self._file.stat().st_mtime_ns)
+            found = _held(self.origin, self._told, self.origin.stat().st_mtime_ns)
         if not isinstance(self, Volume if isinstance(found, Volume) else Image):
             raise ModelError(f"{self._at}: its image has {len(found.shape) - 1} dimensions, which is not what the data set holds", "BAD_DATASET", HINT)
         return found
@@ -66,8 +66,8 @@ class _Scan(_Unopened, Volume):
 def unopened(file: Path, id: str, modality: str | None, at: str) -> Image | Volume:
     """The one image of a file as :func:`medvlm.read` gives it, a Volume where its name ends as NIfTI's; nothing is opened yet.
 
-    Its pixels are read when first used, and again after ``release``. ``info`` holds the file, and what the file says once it
-    is open; what is put there before stays. modality: None to leave it to the file. at: how errors call the record.
+    Its pixels are read when first used, and again after ``release``. ``info`` holds what the file says once it is open; what is
+    put there before stays. modality: None to leave it to the file. at: how errors call the record.
 
     Raises:
         ModelError: BAD_DATASET, once it is looked at, when the file cannot be read or holds several images.
