@@ -210,6 +210,17 @@ def test_manifest_images_say_where_they_came_from(folder):
     assert next(iter(sample.images.values())).origin == folder / "a.png"
 
 
+def test_pictures_of_published_layouts_are_told_apart_unopened(tmp_path):
+    from medvlm.datasets.unopened import unopened
+
+    (tmp_path / "a.png").write_bytes(b"no picture at all")
+    (tmp_path / "b.nii.gz").write_bytes(b"no picture at all")
+    first, second = unopened(tmp_path / "a.png", "x", "xray", "record 1"), unopened(tmp_path / "b.nii.gz", "y", "mr", "record 2")
+    assert checks.digest(first) == checks.digest(second)
+    with pytest.raises(ModelError):
+        checks.touch([Sample("s", images={"x": first})])
+
+
 def test_splits_by_patient_hold_a_patient_together_and_never_move():
     rows = [(f"r{i}", f"p{i // 3}" if i % 7 else None) for i in range(6000)]
     splits = {r: checks.split_by_patient(p, r, seed=3) for r, p in rows}
