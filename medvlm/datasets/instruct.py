@@ -165,9 +165,9 @@ def conversations(group: Iterable[Sample], targets: Sequence[str] | None = None,
 
 
 def _segment(told: _Told) -> Iterator[_Talk]:
-    case, names = told.case, told.targets
     if "segment" not in told.kinds:
         return
+    case, names, empty = told.case, told.targets, np.zeros(told.case.image.shape[1:], bool)
     if names is None and told.drawn:
         names = dict.fromkeys((*case.outlines, *case.boxes, *(n for n in (*told.annotated, *facts.FAR.values()) if told.lacks(n))))
     for name in names or ():
@@ -176,7 +176,7 @@ def _segment(told: _Told) -> Iterator[_Talk]:
         elif len(case.corners.get(name, ())) == 1:
             more = {"regions": (Region(case.image.id, name, case.corners[name][0]),)}
         elif name not in case.boxes and told.lacks(name):
-            more = {"masks": (Mask(case.image.id, name, np.zeros(case.image.shape[1:], bool)),)}
+            more = {"masks": (Mask(case.image.id, name, empty),)}
         else:
             continue
         yield _Talk("segment", _ask(told, "segment", name), SEG, more)
