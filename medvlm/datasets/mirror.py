@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import ModelError
 from ..evaluate.perturb import MIRROR, letters, mirrored, sided
 from ..imaging.scan import Image, Volume, turned_points
-from ..sample import IMAGE_MARK, MARKED, Region, Sample, Turn
+from ..sample import IMAGE_MARK, MARKED, Mask, Region, Sample, Turn
 
 MARK = "@mirrored"
 """Ends the ids of a twin, of its images and of its group: nobody may take its pictures for those of the original."""
@@ -50,13 +50,16 @@ _REFUSED = {
         "it speaks of markers or of how the picture is turned, which exchanged words do not set right",
     r"\b(sagittal|lateral (view|film|projection|radiograph|x-?ray|chest)|lld|rld)\b": "it speaks of a picture of one side of the patient",
     r"bbox|<loc\d|[\[(]\s*-?\d+(\.\d+)?\s*,\s*-?\d|\b[xy]\s*=\s*-?\d|\bcoordinates?\b": "it gives a place by numbers",
-    r"\bright[ -](angle|away|now|after|next|here|there|above|below|behind|before|under|through|across|answer|choice|in the (mid|cent))"
-    r"|\ball right\b|\bleft[ -](in place|in situ|over|behind|alone|untreated|unchanged|open|out|blank|undone|home|off|hospital|the|her|his|a|an|with(out)?)\b"
+    r"\bright[ -](angle\w*|away|now|after|next|here|there|above|below|behind|before|under|through|across|answer|choice)\b"
+    r"|\bright in the (mid|cent)"
+    r"|\ball right\b|\bleft[ -](in place|in situ|over|behind|alone|untreated|unchanged|open|out|blank|undone|home|off)\b"
+    r"|\bleft[ -](hospital|the|her|his|a|an|with(out)?)\b"
     r"|\b(has|have|had|she|he|patient|nothing|none) left\b": "left or right may be no side there",
 }  # fmt: skip
 _UNPAIRED = re.compile(
-    r"\b(heart|cardiac|aort\w*|atri(a|al|um)|(?<!lateral )(?<!third )(?<!fourth )(?<!3rd )(?<!4th )ventric\w*|coronar\w*|vena|ivc|svc|azygos|brachioceph\w*|innominate|"
-    r"middle lobe|rml|lml|lingul\w*|(minor|horizontal) fissure|liver|hepat\w*|spleen|splen\w*|stomach|gastric|gallbladder|bile|biliary|pancrea\w*|portal|"
+    r"\b(heart|cardiac|aort\w*|atri(a|al|um)|(?<!lateral )(?<!third )(?<!fourth )(?<!3rd )(?<!4th )ventric\w*|coronar\w*|vena|ivc|svc|azygos|"
+    r"brachioceph\w*|innominate|middle lobe|rml|lml|lingul\w*|(minor|horizontal) fissure|"
+    r"liver|hepat\w*|spleen|splen\w*|stomach|gastric|gallbladder|bile|biliary|pancrea\w*|portal|"
     r"duoden\w*|c(a?e)cum|c(a?e)cal|ileoc\w*|append\w*|colon\w*|sigmoid)\b", re.I)  # fmt: skip
 _NORMAL = re.compile(r"\b(ab)?normal\w*|unremarkable|healthy|within normal|no (acute )?(\w+ )?(finding|disease|process)s?\b", re.I)
 _AROUND = re.compile(r"\b(anterior|posterior|ventral|dorsal|front|back|cranial|caudal)\w*\b", re.I)
@@ -98,9 +101,11 @@ def mirror(sample: Sample) -> Sample:
     eyes = _eyes(sample)
     images = {i: _image(image, eyes) for i, image in sample.images.items()}
     return replace(
-        sample, id=_renamed(sample.id), group=_renamed(sample.group) if sample.group else None, images={x.id: x for x in images.values()},
-        turns=tuple(Turn(t.role, _text(t.text, eyes)) for t in sample.turns), labels={swapped(k, eyes): v for k, v in sample.labels.items()},
-        masks=tuple(replace(m, image=_renamed(m.image), label=swapped(m.label, eyes), array=_flip(m.array, sample.images[m.image])) for m in sample.masks),
+        sample, id=_renamed(sample.id), group=_renamed(sample.group) if sample.group else None,
+        images={x.id: x for x in images.values()},
+        turns=tuple(Turn(t.role, _text(t.text, eyes)) for t in sample.turns),
+        labels={swapped(k, eyes): v for k, v in sample.labels.items()},
+        masks=tuple(_mask(m, sample.images[m.image], eyes) for m in sample.masks),
         regions=tuple(_region(r, sample.images[r.image], eyes) for r in sample.regions),
         choices=None if sample.choices is None else tuple(swapped(c, eyes) for c in sample.choices),
         meta={k: v if k in TITLES else _within(v, eyes) for k, v in sample.meta.items()},
@@ -135,11 +140,13 @@ def _objections(sample: Sample) -> Iterator[str]:
         yield from _words(text, eyes)
     if sample.meta.get("lang") not in (None, "en") or any(c.isalpha() and ord(c) > 0x24F and not 0x370 <= ord(c) < 0x400 for c in said):
         yield "its words are not English"
-    normal = bool(_NORMAL.search(said)) or any((v == 1) != ("abnormal" in k.lower()) for k, v in zip(names, sample.labels.values()) if v in (0, 1) and _NORMAL.search(k))
+    claims = {(v == 1) != ("abnormal" in n.lower()) for n, v in zip(names, sample.labels.values()) if v in (0, 1) and _NORMAL.search(n)}
+    normal = bool(_NORMAL.search(said)) or True in claims
     placed = any(_SIDE.search(t) or _AROUND.search(t) for t in (said, *names))
     for image in sample.images.values():
         yield from _picture(image, sample.meta)
-        if normal and image.modality not in (*_FLAT, "oct") and not any(_HALVES.search(str(x)) for x in (image.info.get("body_part"), sample.meta.get("organ")) if x):
+        alike = any(_HALVES.search(str(x)) for x in (image.info.get("body_part"), sample.meta.get("organ")) if x)
+        if normal and not alike and image.modality not in (*_FLAT, "oct"):
             yield "it speaks of what is normal, and a mirrored trunk is not"
         if placed and not _plane_known(image, sample.meta):
             yield f"it names a side, and nobody says in which plane image {image.id} lies"
@@ -154,7 +161,8 @@ def _words(text: str, eyes: bool) -> Iterator[str]:
         yield "it has a word or abbreviation that may or may not be a side"
     if sides and _UNPAIRED.search(text):
         yield "it names a side and an organ that has no twin on the other one"
-    if eyes and _EYES.search(text) and (not re.search(r"\beyes?\b|O\.?[SU]\b", text) or re.search(r"\bdis[ck]s?\b|\bcups?\b|segment|\bOC\b", text, re.I)):
+    sure = re.search(r"\beyes?\b|O\.?[SU]\b", text) and not re.search(r"\bdis[ck]s?\b|\bcups?\b|segment|\bOC\b", text, re.I)
+    if eyes and _EYES.search(text) and not sure:
         yield "its OD may be the optic disc"
 
 
@@ -199,14 +207,21 @@ def _image(image: Image | Volume, eyes: bool) -> Image | Volume:
     return twin
 
 
+def _mask(mask: Mask, image: Image | Volume, eyes: bool) -> Mask:
+    return replace(mask, image=_renamed(mask.image), label=swapped(mask.label, eyes), array=_flip(mask.array, image))
+
+
 def _region(region: Region, image: Image | Volume, eyes: bool) -> Region:
     box = None if region.box is None else _box(region.box, image)
-    return replace(region, image=_renamed(region.image), label=swapped(region.label, eyes), box=box, mask=None if region.mask is None else _flip(region.mask, image))
+    mask = None if region.mask is None else _flip(region.mask, image)
+    return replace(region, image=_renamed(region.image), label=swapped(region.label, eyes), box=box, mask=mask)
 
 
 def _flip(mask: np.ndarray, image: Image | Volume) -> np.ndarray:
     """As the image is flipped."""
-    return mirrored(image.with_voxels(mask[None])).voxels[0] if isinstance(image, Volume) else mirrored(image.with_pixels(mask[None])).pixels[0]
+    if isinstance(image, Volume):
+        return mirrored(image.with_voxels(mask[None])).voxels[0]
+    return mirrored(image.with_pixels(mask[None])).pixels[0]
 
 
 def _box(box, image: Image | Volume) -> tuple[tuple[float, ...], tuple[float, ...]]:

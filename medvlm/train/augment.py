@@ -60,7 +60,8 @@ class Augmentation:
 
     def __init__(self, rank: int, strength: float = 1.0):
         if rank not in (2, 3) or not 0 <= strength <= STRONGEST:
-            raise UsageError(f"there is no augmentation of rank {rank} and strength {strength}", "BAD_ARGUMENT", f"rank is 2 or 3, strength 0 to {STRONGEST:g}")
+            hint = f"rank is 2 or 3, strength 0 to {STRONGEST:g}"
+            raise UsageError(f"there is no augmentation of rank {rank} and strength {strength}", "BAD_ARGUMENT", hint)
         self.rank, self.strength = rank, float(strength)
 
     def __call__(self, picture: np.ndarray, masks: np.ndarray, boxes: np.ndarray, seed: int, move: bool = True) -> Moved:
@@ -95,13 +96,15 @@ class Augmentation:
         if picture.dtype != np.float32:
             raise UsageError(f"the picture is {picture.dtype}, augmentation takes float32 in [0, 1]", "NOT_WINDOWED", hint)
         if picture.ndim != self.rank + 1 or not picture.size:
-            raise UsageError(f"the picture is {picture.shape}, expected channels and {self.rank} axes", "BAD_ARGUMENT", "give (C, H, W) or (C, D, H, W)")
+            text = f"the picture is {picture.shape}, expected channels and {self.rank} axes"
+            raise UsageError(text, "BAD_ARGUMENT", "give (C, H, W) or (C, D, H, W)")
         low, high = float(picture.min()), float(picture.max())
         if not (low >= 0 and high <= 1):  # NaN fails too
             raise UsageError(f"the picture's values run from {low:g} to {high:g}, expected [0, 1]", "NOT_WINDOWED", hint)
         size = picture.shape[1:]
         if masks.dtype != np.uint8 or masks.shape[1:] != size:
-            raise UsageError(f"the masks are {masks.dtype} {masks.shape}, the picture is {picture.shape}", "BAD_ARGUMENT", "give masks as uint8 (M, *size)")
+            text = f"the masks are {masks.dtype} {masks.shape}, the picture is {picture.shape}"
+            raise UsageError(text, "BAD_ARGUMENT", "give masks as uint8 (M, *size)")
         if boxes.shape[1:] != (2, self.rank):
             raise UsageError(f"the boxes are {boxes.shape}, expected (n, 2, {self.rank})", "BAD_ARGUMENT", "give lower and upper corners")
         return size
