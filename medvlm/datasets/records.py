@@ -198,7 +198,7 @@ def _image(source: Path | Inside, number: int, modality: str, at: str) -> Image:
     known = None if modality in ("ct_or_mr", "unknown") else modality
     name = f"{known or 'image'}-{number}"
     if isinstance(source, Path) and source.name.endswith((".nii", ".nii.gz", ".dcm")):  # what it is stands in its name
-        return _from(source, name, known, at)
+        return unopened(source, name, known, at)
     try:
         head = source.head if isinstance(source, Inside) else _head(source)
     except OSError as error:
@@ -206,7 +206,7 @@ def _image(source: Path | Inside, number: int, modality: str, at: str) -> Image:
     if kind(head) is None:
         refuse(f"{at}: its picture cannot be read ({'UNKNOWN_FORMAT' if head else 'TRUNCATED'})")
     if isinstance(source, Path):
-        return _from(source, name, known, at)
+        return unopened(source, name, known, at)
 
     def pixels() -> np.ndarray:
         found = _decoded(source, known, at)
@@ -217,12 +217,6 @@ def _image(source: Path | Inside, number: int, modality: str, at: str) -> Image:
     later = _Later(pixels)
     image = Image(name, later, None, known or "unknown", "uint8", {})
     image.origin = source.digest
-    return image
-
-
-def _from(source: Path, name: str, modality: str | None, at: str) -> Image:
-    image = unopened(source, name, modality, at)
-    image.origin = source
     return image
 
 
