@@ -33,9 +33,13 @@ def pairs(ours: Callable[[], object], other: Callable[[], object], count: int) -
     for n in range(count):
         for way, times in ((ours, first), (other, second)) if n % 2 == 0 else ((other, second), (ours, first)):
             times.append(timed(way))
-    ratios = np.array(second) / np.array(first)
-    low, middle, high = np.percentile(ratios, (10, 50, 90))
-    return {"seconds": float(np.median(second)), "ours": float(np.median(first)), "ratio": float(middle), "low": float(low), "high": float(high), "pairs": count}
+    return ratios(first, second)
+
+
+def ratios(ours: list[float], other: list[float]) -> dict[str, float]:
+    """As :func:`pairs`, of seconds that were measured in turn."""
+    low, middle, high = np.percentile(np.array(other) / np.array(ours), (10, 50, 90))
+    return {"seconds": float(np.median(other)), "ours": float(np.median(ours)), "ratio": float(middle), "low": float(low), "high": float(high), "pairs": len(ours)}
 
 
 def high_water() -> int:

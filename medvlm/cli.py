@@ -228,12 +228,18 @@ def embed(args: argparse.Namespace) -> int:
 
 def train_arguments(parser: Parser) -> None:
     parser.add_argument("recipe", metavar="RECIPE|FILE.py", help="a recipe of `medvlm list recipes`, or a file that defines RECIPE")
+    parser.add_argument("--scale", default="tiny", help="a scale of the recipe, such as paper (default: tiny)")
     parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="e.g. stages.see.lr=2e-5 or args.size=320; may be repeated")
-    parser.add_argument("--data", default="data", metavar="DIR", help="folder of data sets, each with a manifest.jsonl (default: data)")
+    parser.add_argument("--data", default="data", metavar="DIR", help="folder of data sets: manifests, shards or published layouts (default: data)")
     parser.add_argument("--out", required=True, metavar="RUN", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on from the last state in --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp16", "no"))
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make batches; 0 makes them between the steps (default)")
+    parser.add_argument("--save-minutes", type=float, default=5.0, metavar="M", help="minutes between two saved states (default: 5)")
+    parser.add_argument("--shard", action="store_true", help="split the parameters over the processes that torchrun starts (FSDP2)")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out images and rows that are bad, and list them in RUN/skipped.jsonl")
+    parser.add_argument("--allow-leaks", action="store_true", help="train although a patient or a picture is in train and in val")
     parser.add_argument("--device", help="cpu to stay off the GPU")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -243,7 +249,9 @@ def train(args: argparse.Namespace) -> int:
     from .recipes.base import load, override
     from .train.loop import train
 
-    folder = train(override(load(args.recipe), args.set), args.data, args.out, args.resume, args.seed, args.device, args.precision)
+    recipe = override(load(args.recipe).at(args.scale), args.set)
+    folder = train(recipe, args.data, args.out, args.resume, args.seed, args.device, args.precision, args.save_minutes, args.workers,
+                   args.shard, args.skip_bad, args.allow_leaks)  # fmt: skip
     print(json.dumps({"model": str(folder)}) if args.json else f"the model is in {folder}")
     return 0
 

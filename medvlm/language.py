@@ -9,6 +9,7 @@ whose next token is always <|seg|>.
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,29 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048):
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, chat_template=TEMPLATE, padding_side="right",
         extra_special_tokens={"image_token": IMAGE, "seg_token": SEG}, clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+def load_tokenizer(weights: str):
+    """The tokenizer of published weights, a folder or hub name, with the toolkit's image and mask tokens added.
+
+    Its own chat template stays; one without gets the toolkit's, whose role tokens are then added too.
+
+    Raises:
+        ModelError: BAD_CHECKPOINT.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the tokenizer of {weights!r} cannot be read: {(str(error).splitlines() or [''])[0][:200]}", "BAD_CHECKPOINT") from error
+    own = [] if tokenizer.chat_template else [END, *ROLES]
+    tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE, SEG, *own]}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or PAD
+    tokenizer.padding_side = "right"
+    return tokenizer
 
 
 def build(model_type: str = "llama", weights: str | None = None, **args):
@@ -99,6 +123,9 @@ class Batch:
     order: (encoder, k) of each placeholder run, in reading order over the batch; rows may share an image.
     seg: (S, 2) row and column of each <|seg|>. seg_words: (S, T) true on the words of the turn that asked for it.
     seg_image: (encoder, k) each of them is drawn on.
+    spans: (row, first column, past the last) of each conversation, in the order given to :func:`collate`.
+    positions: (B, T) of each token in its own conversation, where conversations share rows; ``attention`` then holds the
+    number of the conversation in its row, from 1, and 0 where there is none.
     targets: what objectives need beyond tokens."""
 
     ids: Tensor
@@ -109,6 +136,8 @@ class Batch:
     seg: Tensor | None = None
     seg_words: Tensor | None = None
     seg_image: list[tuple[str, int]] = field(default_factory=list)
+    spans: list[tuple[int, int, int]] = field(default_factory=list)
+    positions: Tensor | None = None
     targets: dict = field(default_factory=dict)
 
     def to(self, device) -> Batch:
@@ -119,7 +148,8 @@ class Batch:
 
     def inputs(self) -> dict:
         """What MedVLM's forward and generate take, but for labels and features."""
-        return {"input_ids": self.ids, "attention_mask": self.attention, "pixel_values": self.images, "image_order": self.order}
+        given = {"input_ids": self.ids, "attention_mask": self.attention, "pixel_values": self.images, "image_order": self.order}
+        return given | ({"position_ids": self.positions} if self.positions is not None else {})
 
     def told(self) -> Tensor:
         """Columns that predict a label in some row; nobody reads the logits of others while training."""
@@ -129,6 +159,17 @@ class Batch:
 def plain(text: str) -> str:
     """Text of a user or a data set that no tokenizer of ours reads as a special token: "<|image|>" -> "< |image|>"."""
     return text.replace("<|", "< |")
+
+
+def caption(tokenizer, text: str, limit: int | None = None) -> list[int]:
+    """A text for a text encoder: with the tokenizer's own marks around it, and its end token where it has one.
+
+    limit: tokens that the encoder takes; beyond it the end of the text is cut, as CLIP does (arXiv:2103.00020, section 2.4).
+    """
+    ids = tokenizer(plain(text))["input_ids"]
+    if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id] and ids[-1:] != [tokenizer.sep_token_id]:
+        ids = [*ids, tokenizer.eos_token_id]
+    return ids if limit is None or len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
 
 
 def encode(tokenizer, sample: Sample, counts: Mapping[str, int], answer: bool = True, limit: int = 2048) -> Encoded:
@@ -184,38 +225,96 @@ def encode(tokenizer, sample: Sample, counts: Mapping[str, int], answer: bool = 
     return Encoded(ids, labels, images, [area.image for area in (*sample.masks, *sample.regions)])
 
 
-def collate(tokenizer, rows: Sequence[Encoded], places: Sequence[Mapping[str, Sequence[tuple[str, int]]]], images: dict[str, Tensor],
-            left: bool = False) -> Batch:  # fmt: skip
-    """Encoded rows as one padded batch.
+def bins(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Indices of conversations that share a row of ``width`` tokens: longest first, each into the row it fills best.
 
-    places: for each row {image id: [(encoder, index into images[encoder]), ...]}, one for each encoder that sees it.
-    left: pad on the left, to generate.
+    Source: best-fit decreasing, Johnson 1973, "Near-optimal bin packing algorithms".
+
+    Raises:
+        ModelError: QUESTION_TOO_LONG when one is longer than a row.
     """
-    width = max(len(r.ids) for r in rows)
+    if max(lengths, default=0) > width:
+        raise ModelError(f"a conversation of {max(lengths)} tokens does not fit into a row of {width}", "QUESTION_TOO_LONG", "raise the stage's pack")
+    rows: dict[int, list[int]] = {}
+    left: list[tuple[int, int]] = []  # (tokens that are free, row), sorted
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = bisect.bisect_left(left, (lengths[i], -1))
+        free, row = left.pop(at) if at < len(left) else (width, len(rows))
+        rows.setdefault(row, []).append(i)
+        bisect.insort(left, (free - lengths[i], row))
+    return [sorted(row) for row in rows.values()]
+
+
+def collate(tokenizer, rows: Sequence[Encoded], places: Sequence[Mapping[str, Sequence[tuple[str, int]]]], images: dict[str, Tensor],
+            left: bool = False, shared: Sequence[int] | None = None) -> Batch:  # fmt: skip
+    """Encoded conversations as one padded batch.
+
+    places: for each of them {image id: [(encoder, index into images[encoder]), ...]}, one for each encoder that sees it.
+    left: pad on the left, to generate. shared: how many of them, one after the other, stand in each row; one when None.
+    """
+    held = iter(zip(rows, places))
+    lines = [[next(held) for _ in range(n)] for n in (shared or [1] * len(rows))]
+    width = max(sum(len(r.ids) for r, _ in line) for line in lines)
     seg_id = tokenizer.convert_tokens_to_ids(SEG)
     user, special = tokenizer.convert_tokens_to_ids(ROLES[1]), {*tokenizer.all_special_ids, *tokenizer.convert_tokens_to_ids(list(ROLES))}
-    ids, labels, attention, order, seg, words, seg_image = [], [], [], [], [], [], []
-    for i, (row, place) in enumerate(zip(rows, places)):
-        gap = width - len(row.ids)
+    ids, labels, attention, positions, order, seg, words, seg_image, spans = [], [], [], [], [], [], [], [], []
+    for i, line in enumerate(lines):
+        gap = width - sum(len(r.ids) for r, _ in line)
         pad = lambda values, fill: [fill] * gap + values if left else values + [fill] * gap  # noqa: B023, E731
-        ids.append(pad(row.ids, tokenizer.pad_token_id))
-        labels.append(pad(row.labels, -100))
-        attention.append(pad([1] * len(row.ids), 0))
-        order += [at for name in row.images for at in place[name]]
-        on = iter(row.on)
-        for column, token in enumerate(ids[-1]):
-            if token == seg_id:
-                seg.append((i, column))
-                before = ids[-1][:column]
-                asked = len(before) - before[::-1].index(user) if user in before else 0
-                words.append([asked <= at < column and t not in special for at, t in enumerate(ids[-1])])
+        start, numbers = gap if left else 0, []
+        for number, (row, place) in enumerate(line, 1):
+            order += [at for name in row.images for at in place[name]]
+            on = iter(row.on)
+            for column, token in enumerate(row.ids):
+                if token != seg_id:
+                    continue
                 if not row.images:
                     raise ModelError("an answer asks for a mask but the conversation has no image", "PLACEHOLDERS")
+                before = row.ids[:column]
+                asked = len(before) - before[::-1].index(user) if user in before else 0
+                seg.append((i, start + column))
+                words.append(torch.zeros(width, dtype=torch.bool))
+                words[-1][[start + at for at in range(asked, column) if row.ids[at] not in special]] = True
                 seg_image.append(place[next(on, row.images[0])][0])
+            numbers += [number] * len(row.ids)
+            spans.append((i, start, start + len(row.ids)))
+            start += len(row.ids)
+        ids.append(pad([t for r, _ in line for t in r.ids], tokenizer.pad_token_id))
+        labels.append(pad([-100 if at == 0 else t for r, _ in line for at, t in enumerate(r.labels)], -100))  # nothing before predicts a first token
+        attention.append(pad(numbers, 0))
+        positions.append(pad([at for r, _ in line for at in range(len(r.ids))], 0))
     return Batch(
-        torch.tensor(ids), torch.tensor(attention), torch.tensor(labels), images, order,
-        torch.tensor(seg, dtype=torch.long).reshape(-1, 2), torch.tensor(words, dtype=torch.bool).reshape(-1, width), seg_image,
+        torch.tensor(ids), torch.tensor(attention), torch.tensor(labels), images, order, torch.tensor(seg, dtype=torch.long).reshape(-1, 2),
+        torch.stack(words) if words else torch.zeros(0, width, dtype=torch.bool), seg_image, spans, torch.tensor(positions) if shared else None,
     )  # fmt: skip
+
+
+def apart(attention: Tensor) -> Tensor:
+    """(B, 1, T, T) bool: what each token sees of a row that conversations share, by their numbers (B, T): its own, up to itself."""
+    same = attention[:, None, :, None] == attention[:, None, None, :]
+    return same & torch.ones_like(same).tril()
+
+
+def keeps_apart(lm) -> bool:
+    """Whether a language model heeds :func:`apart`: of two conversations in a row, changing one leaves the other as it was.
+
+    False for layers with a state that runs along the row (Mamba, linear attention) or a mask of their own, and for models
+    that take no such mask.
+    """
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [4, 3, 1, 4, 5, 6, 7]], device=lm.device) % lm.config.vocab_size
+    numbers = torch.tensor([[1, 1, 1, 2, 2, 2, 2]] * 2, device=lm.device)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]] * 2, device=lm.device)
+    training = lm.training
+    lm.eval()
+    try:
+        with torch.no_grad():
+            out = lm(inputs_embeds=lm.get_input_embeddings()(ids), attention_mask=apart(numbers), position_ids=positions, output_hidden_states=True)
+    except (RuntimeError, ValueError, IndexError):  # of shapes: it wants one number a token
+        return False
+    finally:
+        lm.train(training)
+    one, other = out.hidden_states[-1][:, 3:]
+    return bool(torch.allclose(one, other, atol=1e-5))
 
 
 def _content(turn: Turn, expand) -> str:

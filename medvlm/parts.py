@@ -38,6 +38,16 @@ def every(folder: str, attribute: str) -> dict:
     return {name: getattr(_module(folder, name), attribute) for name in names(folder, attribute)}
 
 
+def carries(**functions):
+    """A decorator: the function has these beside it, as attributes; what a training loop heeds of an objective, say."""
+
+    def mark(function):
+        vars(function).update(functions)
+        return function
+
+    return mark
+
+
 def _module(folder: str, name: str):
     for entry in entry_points(group=f"medvlm.{folder}"):
         if entry.name == name:

@@ -7,6 +7,7 @@ Importing this module makes transformers know ``model_type="medvlm"``: AutoConfi
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -143,6 +144,20 @@ class MedVLM(PreTrainedModel, GenerationMixin):
         """Whether the question changes what an image's tokens are, so that questions cannot share them."""
         return any(getattr(p, "guided", False) for p in self.projectors.values())
 
+    @functools.cached_property
+    def plain_head(self) -> bool:
+        """Whether logits are the output layer on the last hidden states and nothing more (no scale, no cap): found by trying."""
+        if self.lm is None:
+            return False
+        training = self.lm.training
+        self.lm.eval()
+        with torch.no_grad():
+            embeds = self.lm.get_input_embeddings()(torch.arange(4, device=self.device)[None] % self.lm.config.vocab_size)
+            out = self.lm(inputs_embeds=embeds, output_hidden_states=True)
+            plain = torch.allclose(self.lm.get_output_embeddings()(out.hidden_states[-1]), out.logits, rtol=1e-3, atol=1e-4)
+        self.lm.train(training)
+        return bool(plain)
+
     def processor(self, tokenizer) -> MedVLMProcessor:
         """What makes this model's inputs out of text and images, to be saved beside it."""
         specs = {name: vars(e.spec) | {"count": self.count(name)} for name, e in self.encoders.items() if name in self.projectors}
@@ -208,7 +223,8 @@ class MedVLM(PreTrainedModel, GenerationMixin):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, pixel_values: Mapping[str, Tensor] | None = None,
         image_order: Sequence[tuple[str, int]] | None = None, labels: Tensor | None = None,
-        features: Mapping[str, Features] | None = None, logits_to_keep: Tensor | None = None, return_dict: bool = True,
+        features: Mapping[str, Features] | None = None, logits_to_keep: Tensor | None = None, position_ids: Tensor | None = None,
+        return_dict: bool = True,
     ) -> Output:  # fmt: skip
         """Logits and hidden states, and the loss where labels are given; features alone of a model without a language model.
 
@@ -218,14 +234,23 @@ class MedVLM(PreTrainedModel, GenerationMixin):
             image_order: (encoder, k) of each placeholder run in reading order over the batch; one after the other when None.
             features: of the images, when they are known already.
             logits_to_keep: columns whose logits are wanted; all when None.
+            position_ids: (B, T), given where conversations share a row: ``attention_mask`` then numbers them, 0 for padding.
+
+        Raises:
+            ModelError: PLACEHOLDERS; BAD_RECIPE for shared rows where the question guides the image's tokens.
         """
         if not return_dict:
             raise ModelError("MedVLM answers with named outputs only", "BAD_ARGUMENT", "leave return_dict=True")
         features = self.encode(pixel_values or {}) if features is None else features
         if self.lm is None:
             return Output(features=dict(features))
+        seen = attention_mask
+        if position_ids is not None:
+            if self.guided:
+                raise ModelError("a row that conversations share has no one question to guide the image's tokens", "BAD_RECIPE", "leave pack out of the stage")
+            seen = language.apart(attention_mask)
         out = self.lm(
-            inputs_embeds=self._embeds(input_ids, attention_mask, features, image_order, labels), attention_mask=attention_mask,
+            inputs_embeds=self._embeds(input_ids, attention_mask, features, image_order, labels), attention_mask=seen, position_ids=position_ids,
             output_hidden_states=True, logits_to_keep=0 if logits_to_keep is None else logits_to_keep,
         )  # fmt: skip
         at = torch.arange(input_ids.shape[1], device=input_ids.device) if logits_to_keep is None else logits_to_keep

@@ -184,7 +184,7 @@ def read_masks(row: dict[str, Any], image: Image | Volume | None, only: str | No
             for value, label in spec["labels"].items():
                 found.append(Mask(image.id, label, array == int(value)))
         else:
-            found.append(Mask(image.id, name, array > 0))
+            found.append(Mask(image.id, name, array > 0, np.unique(array[array > 0]).size if spec["type"] == "instance" else None))
     return found
 
 

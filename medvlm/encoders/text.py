@@ -13,7 +13,7 @@ class TextEncoder(Encoder):
     """(ids, attention) (B, T) -> Features with grid (T,).
 
     ``pooled`` is what the tower itself pools (CLIP: the state at the end of the text), and the first token's state of a
-    tower with BERT's dense pooler, which is left out since many published weights lack it. ``spec`` is None.
+    tower with BERT's dense pooler, which is left out since many published weights lack it. ``spec`` is None. limit: tokens it takes at most, None if any.
     """
 
     spec, stride = None, 1
@@ -21,6 +21,7 @@ class TextEncoder(Encoder):
     def __init__(self, tower: nn.Module):
         super().__init__()
         self.tower, self.dim = tower, tower.config.hidden_size
+        self.limit = getattr(tower.config, "max_position_embeddings", None)
 
     def forward(self, ids: Tensor, attention: Tensor | None = None) -> Features:
         out = self.tower(input_ids=ids, attention_mask=torch.ones_like(ids) if attention is None else attention)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..encoders.base import Encoder, Features
 from ..errors import ModelError
 from ..language import Batch
+from ..parts import carries
 from ..preprocess import InputSpec, normalise
 from .mask import each
 
@@ -193,17 +194,7 @@ def count(batch: Batch) -> int:
     return sum(len(x) for x in batch.images.values())
 
 
-def _carries(**functions):
-    """Marks an objective with what the training loop heeds beside it."""
-
-    def mark(objective):
-        vars(objective).update(functions)
-        return objective
-
-    return mark
-
-
-@_carries(before=hide, count=count)
+@carries(before=hide, count=count)
 def restore(model, batch: Batch, out) -> dict[str, Tensor]:
     """Error of the pixels that :func:`hide` hid, averaged over the pictures of the batch.
 

@@ -16,7 +16,7 @@ from ..encoders.base import Features
 from ..errors import ModelError
 from ..heads.mask import Masks, Prompts
 from ..imaging.scan import Image, Study, Volume
-from ..language import END, IMAGE, ROLES, SEG, Batch, Encoded, collate, encode, plain
+from ..language import END, IMAGE, ROLES, SEG, Batch, Encoded, caption, collate, encode
 from ..preprocess import Frame, blend, inputs, tiles, to_tensor
 from ..sample import (
     Answer,
@@ -204,8 +204,9 @@ class NativeModel(Model):
         if self.vlm.head("contrast", first) is None:
             raise ModelError(f"{self.name} cannot embed: it has no contrastive head", "UNSUPPORTED_VERB")
         if (text := words_of(study_or_text)) is not None:
-            ids = torch.tensor([self.tokenizer(plain(text), add_special_tokens=False)["input_ids"]], device=self.vlm.device)
-            return self.vlm.head("contrast", first).text(self.vlm.encoders["text"](ids))[0].float().cpu().numpy()
+            tower = self.vlm.encoders["text"]
+            ids = torch.tensor([caption(self.tokenizer, text, tower.limit)], device=self.vlm.device)
+            return self.vlm.head("contrast", first).text(tower(ids))[0].float().cpu().numpy()
         picture = self._readable(study_or_text, image)
         name, features, *_ = self._look(picture)
         head = self.vlm.head("contrast", name)

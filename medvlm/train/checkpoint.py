@@ -11,25 +11,48 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..errors import ModelError
+from . import distributed
 
 
-def save(folder: Path, model, optimizer, state: dict) -> None:
-    """Write ``folder/last`` atomically: a new folder is filled, flushed and swapped in."""
+def save(folder: Path, model, optimizer, state: dict, extra: dict | None = None, sharded: bool = False) -> None:
+    """Write ``folder/last`` atomically: a new folder is filled, flushed and swapped in.
+
+    extra: states of what else must go on as it was (a gradient scaler). sharded: each process writes what it holds of the
+    parameters (torch.distributed.checkpoint); one process can read that too.
+    """
     fresh, last, old = (folder / name for name in ("last.new", "last", "last.old"))
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    tensors = {k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}
-    save_file(tensors, fresh / "model.safetensors")
-    torch.save(optimizer.state_dict(), fresh / "optimizer.pt")
-    (fresh / "state.json").write_text(json.dumps(state))
-    for path in fresh.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    if last.exists():  # else a crash between the two renames left the only good state in old
+    chief = distributed.rank() == 0
+    if chief:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+    distributed.wait()
+    try:
+        if sharded:
+            import torch.distributed.checkpoint as dcp
+            from torch.distributed.checkpoint.state_dict import get_state_dict
+
+            weights, moments = get_state_dict(model, optimizer)
+            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=fresh / "shards")
+        elif chief:
+            save_file({k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}, fresh / "model.safetensors")
+            torch.save({"optimizer": optimizer.state_dict(), **(extra or {})}, fresh / "optimizer.pt")
+        if chief:
+            (fresh / "state.json").write_text(json.dumps(state))
+            for path in fresh.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+    except OSError:
+        shutil.rmtree(fresh, ignore_errors=True)  # a full disk: what was there before stays
+        raise
+    distributed.wait()
+    if chief:
+        if last.exists():  # else a crash between the two renames left the only good state in old
+            shutil.rmtree(old, ignore_errors=True)
+            last.rename(old)
+        fresh.rename(last)
         shutil.rmtree(old, ignore_errors=True)
-        last.rename(old)
-    fresh.rename(last)
-    shutil.rmtree(old, ignore_errors=True)
+    distributed.wait()
 
 
 def newest(folder: Path) -> Path | None:
@@ -45,7 +68,18 @@ def read_state(path: Path) -> dict:
 
 
 def restore(path: Path, model) -> None:
-    """Load the weights: all of them, or BAD_CHECKPOINT."""
+    """Load the weights: all of them, or BAD_CHECKPOINT. A model split over processes takes its part."""
+    if (path / "shards").is_dir():
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+        held = {"model": get_model_state_dict(model)}
+        try:
+            dcp.load(held, checkpoint_id=path / "shards")
+        except dcp.api.CheckpointException as error:
+            raise ModelError("the checkpoint's weights are not this model's", "BAD_CHECKPOINT", "was the recipe changed?") from error
+        set_model_state_dict(model, held["model"])
+        return
     try:
         missing, unexpected = model.load_state_dict(load_file(path / "model.safetensors"), strict=False)
     except RuntimeError as error:
@@ -54,6 +88,17 @@ def restore(path: Path, model) -> None:
         raise ModelError(f"the checkpoint lacks {missing[:3]} and has unknown {unexpected[:3]}", "BAD_CHECKPOINT", "was the recipe changed?")
 
 
-def restore_optimizer(path: Path, optimizer) -> None:
-    """Load the optimiser's state of a stage that was stopped in the middle."""
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+def restore_optimizer(path: Path, model, optimizer) -> dict:
+    """Load the optimiser's state of a stage that was stopped in the middle; gives what else was saved beside it."""
+    if (path / "shards").is_dir():
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+        weights, moments = get_state_dict(model, optimizer)
+        held = {"optimizer": moments}
+        dcp.load(held, checkpoint_id=path / "shards")
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=held["optimizer"])
+        return {}
+    found = torch.load(path / "optimizer.pt", weights_only=True)
+    optimizer.load_state_dict(found.pop("optimizer"))
+    return found

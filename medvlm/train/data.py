@@ -1,36 +1,34 @@
-"""From samples to batches: pictures prepared once, then drawn, augmented and collated.
-
-Flips are never used: they would swap left and right. Geometry moves picture, masks and boxes together; grey values are
-changed after they lie in [0, 1].
-"""
+"""From samples to batches: pictures prepared once, then drawn, moved and collated."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from ..datasets.instruct import known
 from ..errors import ModelError
-from ..language import Batch, Encoded, collate, encode
+from ..language import Batch, Encoded, bins, caption, collate, encode
 from ..preprocess import to_tensor
 from ..sample import SEG, Sample
 from ..vlm import MedVLM
+from .augment import Augmentation
+
+CAPTIONS = ("caption", "report")
+"""Kinds of conversation whose answer is a text about the whole image: what a contrastive objective pairs it with."""
 
 
 @dataclass
 class Turnset:
-    """One conversation about a case's images: its tokens, and which mask its answer asks for."""
+    """One conversation about a case's images: its tokens, and the case's masks that its answer asks for, in reading order."""
 
     encoded: Encoded
     kind: str
-    target: int | None = None
+    targets: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -39,18 +37,28 @@ class Case:
 
     pictures: {image id: [(encoder, (C, *size) in 0..255)]}, empty for text. masks: (*size) coverage 0..255 in the input of
     the image's first encoder. on (image id), weak, present, names (index into the mask head's labels, -1 for others): one a
-    mask. labels: of the first image.
+    mask. labels: of the first image, NaN unknown. captions: tokens of texts about it. objects: (n, 2, rank) corners of boxes
+    in the input of the first image, kinds (n,) index into the box head's labels; None where nobody marked them all.
+    mirrored: it shows the mirror image, with words and sides exchanged.
     """
 
     pictures: dict[str, list[tuple[str, Tensor]]]
-    masks: list[Tensor]
-    on: list[str]
-    weak: list[bool]
-    present: list[bool]
-    names: list[int]
     labels: list[float]
-    turns: list[Turnset]
     source: str
+    masks: list[Tensor] = field(default_factory=list)
+    on: list[str] = field(default_factory=list)
+    weak: list[bool] = field(default_factory=list)
+    present: list[bool] = field(default_factory=list)
+    names: list[int] = field(default_factory=list)
+    turns: list[Turnset] = field(default_factory=list)
+    captions: list[list[int]] = field(default_factory=list)
+    objects: tuple[np.ndarray, np.ndarray] | None = None
+    mirrored: bool = False
+
+    @property
+    def size(self) -> int:
+        """Bytes it holds."""
+        return sum(t.nbytes for seen in self.pictures.values() for _, t in seen) + sum(m.nbytes for m in self.masks)
 
 
 def prepare(model: MedVLM, tokenizer, samples: Sequence[Sample]) -> list[Case]:
@@ -58,32 +66,44 @@ def prepare(model: MedVLM, tokenizer, samples: Sequence[Sample]) -> list[Case]:
     groups: dict[tuple, list[Sample]] = defaultdict(list)
     for sample in samples:
         groups[sample.meta.get("row"), *sample.images].append(sample)
-    cases = []
-    for (row, *_), members in groups.items():
-        pictures, frames, counts = {}, {}, {}
-        for key, image in members[0].images.items():
-            seen = {name: to_tensor(image, model.encoders[name].spec) for name in model.route(image.modality)}
-            pictures[key] = [(name, (tensor * 255).round().to(torch.uint8)) for name, (tensor, _) in seen.items()]
-            frames[key], counts[key] = next(iter(seen.values()))[1], model.tokens(image.modality)
-        first = next(iter(pictures.values()))[0][0] if pictures else None
-        classify, mask = (model.head(kind, first) if first else None for kind in ("classify", "mask"))
-        case = Case(pictures, [], [], [], [], [], known(members[0].labels, classify.labels) if classify is not None else [], [], str(row))
-        for sample in members:
-            target = None
-            for area in (*sample.masks, *sample.regions):
-                if SEG not in (sample.answer or ""):
-                    break
-                box = getattr(area, "box", None)
-                array = _raster(box, sample.images[area.image].shape[1:]) if box is not None else area.array
-                target = len(case.masks)
-                case.masks.append((frames[area.image].mask_to_input(array) * 255).round().to(torch.uint8))
-                case.on.append(area.image)
-                case.weak.append(box is not None)
-                case.present.append(bool(array.any()))
-                case.names.append(mask.labels.index(area.label) if mask is not None and area.label in mask.labels else -1)
-            case.turns.append(Turnset(encode(tokenizer, sample, counts), sample.meta.get("kind", "asked" if pictures else "text"), target))
-        cases.append(case)
-    return cases
+    return [_case(model, tokenizer, str(row), members) for (row, *_), members in groups.items()]
+
+
+def _case(model: MedVLM, tokenizer, row: str, members: Sequence[Sample]) -> Case:
+    pictures, frames, counts = {}, {}, {}
+    for key, image in members[0].images.items():
+        seen = {name: to_tensor(image, model.encoders[name].spec) for name in model.route(image.modality)}
+        pictures[key] = [(name, (tensor * 255).round().to(torch.uint8)) for name, (tensor, _) in seen.items()]
+        frames[key], counts[key] = next(iter(seen.values()))[1], model.tokens(image.modality) if model.lm is not None else 0
+    first = next(iter(pictures.values()))[0][0] if pictures else None
+    classify, mask, box = (model.head(kind, first) if first else None for kind in ("classify", "mask", "box"))
+    names = classify.labels if classify is not None else model.config.about.get("labels", ())
+    case = Case(pictures, known(members[0].labels, names), row)
+    for sample in members:
+        turn = Turnset(None, sample.meta.get("kind", "asked" if pictures else "text"))
+        for area in (*sample.masks, *sample.regions) if SEG in (sample.answer or "") else ():
+            box_only = getattr(area, "box", None)
+            array = _raster(box_only, sample.images[area.image].shape[1:]) if box_only is not None else area.array
+            turn.targets.append(len(case.masks))
+            case.masks.append((frames[area.image].mask_to_input(array) * 255).round().to(torch.uint8))
+            case.on.append(area.image)
+            case.weak.append(box_only is not None)
+            case.present.append(bool(array.any()))
+            case.names.append(mask.labels.index(area.label) if mask is not None and area.label in mask.labels else -1)
+        if turn.kind in CAPTIONS and sample.answer:
+            case.captions.append(caption(tokenizer, sample.answer, getattr(model.encoders["text"], "limit", None) if "text" in model.encoders else None))
+        if model.lm is not None:
+            turn.encoded = encode(tokenizer, sample, counts)
+            if turn.targets and len(turn.targets) != sample.answer.count(SEG):
+                raise ModelError(f"sample {sample.id} asks for {sample.answer.count(SEG)} masks and has {len(turn.targets)}", "BAD_DATASET")
+            case.turns.append(turn)
+    if box is not None and members[0].meta.get("boxed"):
+        kept = [r for r in members[0].regions if r.label in box.labels and r.box is not None]
+        corners = [frames[r.image].box_to_input(np.asarray(r.box, float)) for r in kept]
+        case.objects = np.array(corners).reshape(-1, 2, 2), np.array([box.labels.index(r.label) for r in kept], int)
+    for image in members[0].images.values():
+        image.release()
+    return case
 
 
 def _raster(box, size) -> np.ndarray:
@@ -92,73 +112,84 @@ def _raster(box, size) -> np.ndarray:
     return array
 
 
-def augmentation(strength: float = 1.0):
-    """Joint geometry for picture and masks, then grey values; 0 turns it off. No flips."""
-    if not strength:
-        return None, None
-    geometry = v2.RandomAffine(degrees=12 * strength, translate=(0.08 * strength, 0.08 * strength),
-                               scale=(1 - 0.2 * strength, 1 + 0.2 * strength), shear=4 * strength,
-                               interpolation=v2.InterpolationMode.BILINEAR)  # fmt: skip
-    grey = v2.Compose(
-        [
-            v2.ColorJitter(brightness=0.25 * strength, contrast=0.35 * strength),
-            v2.RandomApply([v2.GaussianBlur(5, sigma=(0.1, 1.5))], p=0.2),
-            v2.RandomApply([v2.GaussianNoise(sigma=0.04 * strength)], p=0.3),
-        ]
-    )
-    return geometry, grey
+def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], turns: int = 4, kinds: Mapping[str, float] | None = None,
+         strength: float = 0.0, pack: int | None = None) -> Batch:  # fmt: skip
+    """A batch of these cases with up to ``turns`` conversations each, chosen with the weight of their kind.
 
-
-def draw(cases: Sequence[Case], tokenizer, rng: np.random.Generator, turns: int, kinds: dict[str, float], strength: float) -> Batch:
-    """A batch of these cases with up to ``turns`` conversations each, chosen by ``rng`` with the weight of their kind.
-
-    Same ``rng`` state, same batch: torch's generator is seeded from it for the augmentation.
+    lots: one random generator a case: what is drawn of a case depends on it alone. strength: of the augmentation.
+    pack: tokens of a row that conversations share, None for a row each.
     """
-    torch.manual_seed(int(rng.integers(2**31)))
-    geometry, grey = augmentation(strength)
     pictures: dict[str, list[Tensor]] = defaultdict(list)
-    labels, rows, places, masks, weak, present, drawn = [], [], [], [], [], [], []
-    for case in cases:
-        weights = np.array([kinds.get(t.kind, 1.0) for t in case.turns])
-        often = Counter(t.kind for t in case.turns)
-        weights = weights / np.array([often[t.kind] for t in case.turns])
-        count = min(turns, int((weights > 0).sum()))
-        chosen = rng.choice(len(case.turns), size=count, replace=False, p=weights / weights.sum()) if count else []
-        wanted = [case.turns[i].target for i in chosen if case.turns[i].target is not None]
+    labels, captions, objects, told = [], [], [], []
+    rows: list[tuple[Turnset, dict, Case, dict[int, Tensor]]] = []
+    for case, lot in zip(cases, lots):
+        chosen = [case.turns[i] for i in _choose(case.turns, turns, kinds or {}, lot)]
+        wanted = sorted({t for turn in chosen for t in turn.targets})
         slots: dict[str, list[tuple[str, int]]] = {}
         moved: dict[int, Tensor] = {}
-        for key, seen in case.pictures.items():
-            mine = [t for t in wanted if case.on[t] == key]
-            gamma = float(np.exp(rng.normal(0, 0.25 * strength))) if strength else 1.0
-            state = torch.get_rng_state()
+        for order, (key, seen) in enumerate(case.pictures.items()):
+            mine, seed = [t for t in wanted if case.on[t] == key], int(lot.integers(2**31))
             for k, (encoder, picture) in enumerate(seen):
-                picture = picture.float() / 255
-                targets = torch.stack([case.masks[t] for t in mine]) if mine and k == 0 else picture.new_zeros(0, *picture.shape[1:])
-                if geometry is not None:
-                    torch.set_rng_state(state)  # the same move in the input of every encoder that sees the image
-                    picture, targets = geometry(tv_tensors.Image(picture), tv_tensors.Mask(targets))
-                    picture = grey(torch.Tensor(picture)).clamp(0, 1) ** gamma
-                moved |= zip(mine, targets)
+                corners, marks = case.objects if case.objects is not None and order == k == 0 else (np.zeros((0, 2, picture.ndim - 1)), np.zeros(0, int))
+                targets = np.stack([case.masks[t].numpy() for t in mine]) if mine and k == 0 else np.zeros((0, *picture.shape[1:]), np.uint8)
+                array = picture.numpy().astype(np.float32) / 255
+                if strength:
+                    array, targets, corners, kept = Augmentation(picture.ndim - 1, strength)(array, targets, corners, seed)
+                    marks = marks[kept]
+                moved |= zip(mine, torch.from_numpy(np.ascontiguousarray(targets)))
+                if case.objects is not None and order == k == 0:
+                    objects.append((len(pictures[encoder]), corners, marks))
                 slots.setdefault(key, []).append((encoder, len(pictures[encoder])))
-                pictures[encoder].append(torch.Tensor(picture))
-        if case.pictures:
-            nothing = [float("nan")] * len(case.labels)
-            labels += [case.labels, *[nothing] * (len(case.pictures) - 1)]
-        for i in chosen:
-            turn = case.turns[i]
-            rows.append(turn.encoded)
-            places.append(slots)
-            if turn.target is not None:
-                masks.append(torch.Tensor(moved[turn.target].float()) / 255)
-                weak.append(case.weak[turn.target])
-                present.append(float(case.present[turn.target]))
-                drawn.append(case.names[turn.target])
-    if not rows:
+                pictures[encoder].append(torch.from_numpy(np.ascontiguousarray(array)))
+        for order in range(len(case.pictures)):
+            labels.append(case.labels if order == 0 else [float("nan")] * len(case.labels))
+            told.append(case.objects is not None and order == 0)
+        if case.captions and case.pictures:
+            captions.append((next(iter(slots.values()))[0][1], case.captions[int(lot.integers(len(case.captions)))]))
+        rows += [(turn, slots, case, moved) for turn in chosen]
+    if rows and pack:
+        shared = bins([len(turn.encoded.ids) for turn, *_ in rows], pack)
+        rows, together = [rows[i] for b in shared for i in b], [len(b) for b in shared]
+    if not rows and not pictures:
         raise ModelError("none of the cases drawn has a conversation", "BAD_RECIPE", "check the data sets and the kinds of the stage")
-    batch = collate(tokenizer, rows, places, {k: torch.stack(v) for k, v in pictures.items()})
-    batch.targets = {"labels": torch.tensor(labels, dtype=torch.float32)}
-    if masks:
-        if len({m.shape for m in masks}) > 1:
-            raise ModelError("masks of several encoders' inputs in one batch", "BAD_RECIPE", "mix only data sets that one encoder sees")
-        batch.targets |= {"mask": torch.stack(masks), "weak": torch.tensor(weak), "present": torch.tensor(present), "label": torch.tensor(drawn)}
+    stacked = {k: torch.stack(v) for k, v in pictures.items()}
+    if rows:
+        batch = collate(tokenizer, [turn.encoded for turn, *_ in rows], [slots for _, slots, *_ in rows], stacked, shared=together if pack else None)
+    else:
+        batch = Batch(*(torch.zeros(0, 0, dtype=torch.long) for _ in range(3)), stacked)
+    batch.targets = {"labels": torch.tensor(labels, dtype=torch.float32)} | _masks(rows)
+    if captions:
+        batch.targets["text"] = _padded([t for _, t in captions], tokenizer) | {"image": torch.tensor([at for at, _ in captions])}
+    if objects:
+        batch.targets["boxes"] = {
+            "corners": torch.tensor(np.concatenate([c for _, c, _ in objects]), dtype=torch.float32), "label": torch.tensor(np.concatenate([m for *_, m in objects])),
+            "image": torch.tensor([at for at, c, _ in objects for _ in c], dtype=torch.long), "told": torch.tensor(told),
+        }  # fmt: skip
     return batch
+
+
+def _choose(turns: Sequence[Turnset], most: int, kinds: Mapping[str, float], lot: np.random.Generator) -> list[int]:
+    """Which conversations are held: each kind as often as its weight says, however many there are of it."""
+    often = Counter(t.kind for t in turns)
+    weights = np.array([kinds.get(t.kind, 1.0) / often[t.kind] for t in turns])
+    count = min(most, int((weights > 0).sum()))
+    return lot.choice(len(turns), size=count, replace=False, p=weights / weights.sum()).tolist() if count else []
+
+
+def _masks(rows) -> dict[str, Tensor]:
+    wanted = [(case, moved, t) for turn, _, case, moved in rows for t in turn.targets]
+    if not wanted:
+        return {}
+    masks = [moved[t].float() / 255 for _, moved, t in wanted]
+    if len({m.shape for m in masks}) > 1:
+        raise ModelError("masks of several encoders' inputs in one batch", "BAD_RECIPE", "mix only data sets that one encoder sees")
+    return {
+        "mask": torch.stack(masks), "weak": torch.tensor([case.weak[t] for case, _, t in wanted]),
+        "present": torch.tensor([float(case.present[t]) for case, _, t in wanted]), "label": torch.tensor([case.names[t] for case, _, t in wanted]),
+    }  # fmt: skip
+
+
+def _padded(texts: Sequence[list[int]], tokenizer) -> dict[str, Tensor]:
+    width = max(map(len, texts))
+    ids = torch.tensor([t + [tokenizer.pad_token_id] * (width - len(t)) for t in texts])
+    return {"ids": ids, "attention": torch.tensor([[1] * len(t) + [0] * (width - len(t)) for t in texts])}

@@ -2,101 +2,151 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
+import errno
 import json
 import math
-import os
+import resource
 import signal
+import sys
 import time
 from collections import defaultdict
-from fnmatch import fnmatch
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import ModelError
-from ..vlm import MedVLM
-from . import checkpoint, objectives
-from .data import Case, draw, prepare
+from ..language import Batch, keeps_apart
+from ..vlm import MedVLM, Output
+from . import checkpoint, distributed, objectives, optim, record, savers
+from .batches import Batches, loader, seed_everything
+from .corpus import Corpus
+from .data import draw
 
-VAL_CASES = 48
-"""About how many cases of each data set a validation looks at."""
+GIVE_UP = 20
+"""Steps in a row without a finite gradient after which a run ends."""
 
 
 def train(recipe, data: str | Path, out: str | Path, resume: bool = False, seed: int = 0, device: str | None = None,
-          precision: str = "bf16", save_minutes: float = 5.0) -> Path:  # fmt: skip
+          precision: str = "bf16", save_minutes: float = 5.0, workers: int = 0, shard: bool = False, skip_bad: bool = False,
+          allow_leaks: bool = False) -> Path:  # fmt: skip
     """Run a recipe's stages and write the model to ``out/model``.
 
     Args:
         recipe: a recipes.base.Recipe.
-        data: folder of data sets, each with a manifest.jsonl. out: the run's folder; ``log.jsonl`` has a line each 20
-            steps and one each validation, ``recipe.json`` what was run, ``checkpoints/last`` the state to resume from.
+        data: folder of data sets: manifests, shards or published layouts. out: the run's folder: ``recipe.json`` (what was
+            run), ``log.jsonl`` (a line each 20 steps and each validation), ``curves.png``, ``checkpoints/last`` (the state to
+            resume from), ``skipped.jsonl`` (what skip_bad left out), and at the end ``model``.
         resume: go on from the last state of ``out``. Every step draws its batch and its dropout from (seed, stage,
             step), so that a resumed run goes on as if it had not stopped.
         precision: "bf16", "fp16" or "no", of the forward pass.
+        workers: processes that make batches; 0 makes them between the steps.
+        shard: split the parameters over the processes (FSDP2) where each would hold all of them (DDP).
+        skip_bad: leave out images and rows that are bad, count and list them; else the first one ends the run.
+        allow_leaks: train although a patient or a picture is in two splits.
 
     Raises:
-        ModelError: BAD_RECIPE, OUTPUT_EXISTS when ``out`` holds a run and ``resume`` is false.
+        ModelError: BAD_RECIPE; OUTPUT_EXISTS when ``out`` holds a run and ``resume`` is false; LEAK; OUT_OF_MEMORY;
+            DISK_FULL, with the last good state kept; and what is wrong with the data, by manifest line.
     """
-    out, data = Path(out), Path(data)
-    state_folder = out / "checkpoints"
+    try:
+        return _train(recipe, Path(data), Path(out), resume, seed, device, precision, save_minutes, workers, shard, skip_bad, allow_leaks)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ModelError(f"the disk of {out} is full", "DISK_FULL", "make room, then go on with --resume: the last state is kept") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise ModelError("a training step does not fit into memory", "OUT_OF_MEMORY",
+                         "set a smaller chunk (same result, less at a time), e.g. --set stages.NAME.chunk=4, then --resume") from error  # fmt: skip
+
+
+def _train(recipe, data, out, resume, seed, device, precision, save_minutes, workers, shard, skip_bad, allow_leaks) -> Path:
     if (out / "recipe.json").exists() and not resume:
         raise ModelError(f"{out} already holds a run", "OUTPUT_EXISTS", "go on with --resume or choose another --out")
+    found = [objectives.find(stage.objective, stage.options) for stage in recipe.stages]  # a misspelt one ends the run now
+    if shard and any(stage.lora for stage in recipe.stages):
+        raise ModelError("adapters (lora) cannot be put into a model whose parameters are split", "BAD_RECIPE", "leave out --shard: with LoRA most parameters are frozen")
+    distributed.refuse_ignored_fsdp("cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda")
+    accelerator = Accelerator(
+        mixed_precision=precision, cpu=device == "cpu" or not torch.cuda.is_available(),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )  # fmt: skip
+    chief = accelerator.is_main_process
     out.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(mixed_precision=precision, cpu=device == "cpu" or not torch.cuda.is_available())
-    torch.manual_seed(seed)
+    distributed.wait()
 
-    sets = dict.fromkeys(name for stage in recipe.stages for name in stage.data)  # once each, however many stages use it
-    samples = {name: list(recipe.samples(data, name, "train")) for name in sets}
-    if not any(samples.values()):
-        raise ModelError(f"{data} holds no training samples of {', '.join(samples)}", "BAD_RECIPE", "check --data")
+    corpus = Corpus(recipe, data, skip_bad, allow_leaks)
     if resume and (out / "tokenizer").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
     else:
-        tokenizer = recipe.tokenizer([t.text for group in samples.values() for s in group for t in s.turns])
-        tokenizer.save_pretrained(out / "tokenizer")
+        tokenizer = recipe.tokenizer(corpus.texts(), recipe.args)
+        if chief:
+            tokenizer.save_pretrained(out / "tokenizer")
+    torch.manual_seed(seed)
     model = MedVLM(recipe.model(tokenizer, **recipe.args))
-    cases = {name: prepare(model, tokenizer, group) for name, group in samples.items()}
-    val = {name: prepare(model, tokenizer, list(recipe.samples(data, name, "val"))) for name in samples}
-    _record(out, recipe, data, samples, seed, precision)
-    model = accelerator.prepare(model)
+    if any(stage.pack for stage in recipe.stages) and not keeps_apart(model.lm):
+        raise ModelError("conversations that share a row would leak into each other in this language model", "BAD_RECIPE", "leave pack out of the stages")
 
-    last = checkpoint.newest(state_folder) if resume else None
+    sources, val = corpus.sources(model, tokenizer, seed), corpus.val(model, tokenizer)
+    recipe = _counted(recipe, sources)
+    if chief:
+        facts = {n: {"images": len(sources[n]), "val": len(val[n]), "sha256": corpus.sets[n].fingerprint} for n in corpus.names}
+        record.write(out, recipe, facts, {"seed": seed, "precision": precision, "processes": distributed.world(), "workers": workers, "sharded": shard})
+        corpus.left_out(out)
+
+    last = checkpoint.newest(out / "checkpoints") if resume else None
     state = checkpoint.read_state(last) if last else {"stage": 0, "step": 0}
-    if last:
-        checkpoint.restore(last, accelerator.unwrap_model(model))
-    stopped = _StopOnSignal()
-    with stopped, (out / "log.jsonl").open("a") as log:
+    module = distributed.shard(_Losses(model, {}).to(accelerator.device), model) if shard else None
+    if last and not state["step"]:
+        checkpoint.restore(last, model)
+    stopped, log = _StopOnSignal(), record.Log(out, chief)
+    with stopped, contextlib.closing(log):
         for number, stage in enumerate(recipe.stages):
             if number < state["stage"]:
                 continue
-            optimizer = accelerator.prepare(_optimizer(accelerator.unwrap_model(model), stage))
-            start = 0
-            if last and number == state["stage"] and state["step"]:
-                checkpoint.restore_optimizer(last, optimizer)
-                start = state["step"]
-            run = _Stage(stage, number, seed, accelerator, model, optimizer, tokenizer, cases, val, log)
+            run = _Stage(stage, number, seed, accelerator, model, found[number], tokenizer, sources, val, log, module, out)
+            run.begin(last if number == state["stage"] else None, state)
             saved = time.monotonic()
-            for step in run.steps(start):
-                if stopped.now or time.monotonic() - saved > 60 * save_minutes:
-                    checkpoint.save(state_folder, accelerator.unwrap_model(model), optimizer, {"stage": number, "step": step + 1})
+            for step in run.steps(workers):
+                stop, due = distributed.total(stopped.now, time.monotonic() - saved >= 60 * save_minutes)  # one decision for all
+                if stop or due:
+                    run.save({"stage": number, "step": step + 1})
                     saved = time.monotonic()
-                if stopped.now:
+                if stop:
                     raise KeyboardInterrupt
-            checkpoint.save(state_folder, accelerator.unwrap_model(model), optimizer, {"stage": number + 1, "step": 0})
+            run.end()
             last = None
-    trained = accelerator.unwrap_model(model).eval()
-    if recipe.finish:
-        report = recipe.finish(trained, tokenizer, [s for n in samples for s in recipe.samples(data, n, "val")])
-        (out / "finish.json").write_text(json.dumps(report, indent=1))
-    save_model(trained, tokenizer, out / "model")
+    if shard:
+        held = distributed.whole(model)
+        model = MedVLM(model.config)
+        if chief:
+            model.load_state_dict(held)
+    if recipe.finish and chief:
+        (out / "finish.json").write_text(json.dumps(recipe.finish(model.eval(), tokenizer, corpus.val_samples()), indent=1))
+    if chief:
+        save_model(model.eval(), tokenizer, out / "model")
+        record.curves(out)
+    distributed.wait()
     return out / "model"
+
+
+def _counted(recipe, sources):
+    """The recipe with the steps that its epochs come to."""
+    stages = []
+    for stage in recipe.stages:
+        if stage.steps is None:
+            images = sum(len(sources[n]) for n, weight in stage.data.items() if weight > 0)
+            stage = dataclasses.replace(stage, epochs=None, steps=max(1, math.ceil(stage.epochs * images / stage.batch)))
+        stages.append(stage)
+    return dataclasses.replace(recipe, stages=tuple(stages))
 
 
 def save_model(model: MedVLM, tokenizer, folder: Path, dtype: torch.dtype = torch.float16) -> None:
@@ -115,132 +165,224 @@ def save_model(model: MedVLM, tokenizer, folder: Path, dtype: torch.dtype = torc
     fresh.rename(folder)
 
 
+class _Losses(nn.Module):
+    """Model and objectives as one module, so that what shares gradients over processes sees all that a loss goes through."""
+
+    def __init__(self, model: MedVLM, found: dict):
+        super().__init__()
+        self.model, self.found = model, found
+        self.plain = model.lm is not None and model.plain_head
+
+    def forward(self, batch: Batch, between: bool = True) -> tuple[tuple, dict[str, dict], tuple]:
+        """(vectors of the contrastive objective, {objective: {loss: mean}}, what its loss will read of the model).
+
+        Its loss is among the others only when ``between``.
+        """
+        if len(batch.ids):
+            told = batch.told()
+            out = self.model(**batch.inputs(), logits_to_keep=told[:0] if self.plain else told)
+        else:
+            out = Output(features=self.model.encode(batch.images))
+        vectors, losses, read = (), {}, ()
+        for name, objective in self.found.items():
+            if not between and hasattr(objective, "vectors"):
+                vectors, head = objective.vectors(self.model, batch, out), self.model.heads["contrast"]
+                read = (head.scale(), *([] if head.logit_bias is None else [head.logit_bias * 1]))
+                continue
+            losses[name] = objective(self.model, batch, out)
+        return vectors, losses, read
+
+
 class _Stage:
     """The steps of one stage; everything random comes from (seed, stage, step)."""
 
-    def __init__(self, stage, number: int, seed, accelerator, model, optimizer, tokenizer, cases, val, log):
-        self.stage, self.number, self.seed, self.log = stage, number, seed, log
-        self.accelerator, self.model, self.optimizer, self.tokenizer = accelerator, model, optimizer, tokenizer
-        self.objectives = objectives.find(stage.objective)
-        self.cases = {name: cases[name] for name, weight in stage.data.items() if weight > 0 and cases[name]}
-        self.val = [c for name in self.cases for c in val[name][:: max(1, len(val[name]) // VAL_CASES)]]
+    def __init__(self, stage, number, seed, accelerator, model, found, tokenizer, sources, val, log, split, out):
+        self.stage, self.number, self.seed, self.log, self.tokenizer, self.out = stage, number, seed, log, tokenizer, out
+        self.accelerator, self.model, self.found, self.module, self.sharded = accelerator, model, found, split, split is not None
+        self.sources = {name: sources[name] for name, weight in stage.data.items() if weight > 0 and len(sources[name])}
+        if not self.sources:
+            raise ModelError(f"stage {stage.name}: none of {', '.join(stage.data)} holds anything to learn from", "BAD_RECIPE", "check --data and the sets' splits")
+        self.val = [c for name in self.sources for c in val[name].all() if c.turns or c.pictures]
+        self.between = next((f for f in found.values() if hasattr(f, "vectors")), None)
+        self.start, self.best, self.misses, self.skipped = 0, math.inf, 0, 0
 
-    def rng(self, step: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, self.number, step])
+    def begin(self, last: Path | None, state: dict) -> None:
+        """Adapters, optimiser and, after a stop in the middle of this stage, the state it had."""
+        optim.optimizer(self.model, self.stage)  # sets what learns, which the adapters need to know
+        optim.adapt(self.model, self.stage)
+        if last and state["step"]:
+            checkpoint.restore(last, self.model)
+        if self.sharded:
+            self.module.found = self.found
+        else:
+            module = _Losses(self.model, self.found).to(self.accelerator.device)
+            self.module = self.accelerator.prepare(module) if distributed.world() > 1 else module
+        optimizer = optim.optimizer(self.model, self.stage)
+        self.optimizer = optimizer if self.sharded else self.accelerator.prepare(optimizer)
+        if last and state["step"]:
+            extra = checkpoint.restore_optimizer(last, self.model, self.optimizer.optimizer if not self.sharded else self.optimizer)
+            if self.accelerator.scaler is not None and "scaler" in extra:
+                self.accelerator.scaler.load_state_dict(extra["scaler"])
+            self.start, self.best, self.misses, self.skipped = (state[k] for k in ("step", "best", "misses", "skipped"))
 
-    def pick(self, rng: np.random.Generator) -> list[Case]:
-        names = list(self.cases)
-        weights = np.array([self.stage.data[n] for n in names])
-        picked = rng.choice(len(names), size=self.stage.batch, p=weights / weights.sum())
-        return [self.cases[names[i]][rng.integers(len(self.cases[names[i]]))] for i in picked]
+    def save(self, state: dict) -> None:
+        scaler = self.accelerator.scaler
+        state = {**state, "best": self.best, "misses": self.misses, "skipped": self.skipped}
+        optimizer = self.optimizer if self.sharded else self.optimizer.optimizer
+        checkpoint.save(self.out / "checkpoints", self.model, optimizer, state, {"scaler": scaler.state_dict()} if scaler else None, self.sharded)
+
+    def end(self) -> None:
+        """The model as the stage leaves it: its best weights where it was watched, adapters merged."""
+        if self.stage.patience is not None and (best := checkpoint.newest(self.out / "checkpoints/best")):
+            checkpoint.restore(best, self.model)
+        if self.stage.lora:
+            optim.merge(self.model)
+        self.start = 0
+        self.save({"stage": self.number + 1, "step": 0})
 
     def learn(self) -> None:
         """Training mode, but for frozen batch norms, whose running statistics would move all the same."""
-        self.model.train()
+        self.module.train()
         for module in self.model.modules():
             if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.affine and not module.weight.requires_grad:
                 module.eval()
 
-    def losses(self, batch):
-        out = self.model(**batch.inputs(), logits_to_keep=batch.told())
-        return {name: value for objective in self.objectives for name, value in objective(self.accelerator.unwrap_model(self.model), batch, out).items()}
-
-    def steps(self, start: int):
+    def steps(self, workers: int):
         stage = self.stage
-        total = defaultdict(list)
-        began, skipped = time.monotonic(), 0
-        bar = tqdm(range(start, stage.steps), initial=start, total=stage.steps, desc=stage.name, disable=not self.accelerator.is_main_process)
-        for step in bar:
+        total, began, stuck = defaultdict(list), time.monotonic(), 0
+        batches = Batches(stage, (self.seed, self.number), self.sources, self.tokenizer, self.start, distributed.rank(), distributed.world())
+        bar = tqdm(range(self.start, stage.steps), initial=self.start, total=stage.steps, desc=stage.name, disable=not self.accelerator.is_main_process)
+        if stage.patience is not None and self.misses >= stage.patience:
+            return
+        for step, parts in zip(bar, loader(batches, workers)):
             self.learn()
-            rng = self.rng(step)
-            batch = draw(self.pick(rng), self.tokenizer, rng, stage.turns, dict(stage.kinds), stage.augment).to(self.accelerator.device)
+            seed_everything(self.seed, self.number, step, distributed.rank())
             for group in self.optimizer.param_groups:
-                group["lr"] = stage.lr * schedule(step, stage.steps, stage.warmup)
-            with self.accelerator.autocast():
-                losses = self.losses(batch)
-            self.accelerator.backward(sum(losses.values()))
+                group["lr"] = stage.lr * group["share"] * optim.schedule(step, stage.steps, stage.warmup)
+            losses = self.backward([part.to(self.accelerator.device) for part in parts])
             norm = self.accelerator.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             if torch.isfinite(norm):
                 self.optimizer.step()
+                stuck = 0
             else:
-                skipped += 1
-                if skipped > 20:
-                    raise ModelError(f"stage {stage.name}: the gradient was not finite 20 times", "BAD_RECIPE", "lower lr or use precision no")
+                self.skipped, stuck = self.skipped + 1, stuck + 1
+                if stuck == GIVE_UP:
+                    raise ModelError(f"stage {stage.name}: the gradient was not finite {GIVE_UP} times in a row", "BAD_RECIPE", "lower lr or use precision no")
+                if self.accelerator.scaler is not None:
+                    self.optimizer.step()  # the scaler skips it and lowers its scale
             self.optimizer.zero_grad()
             for name, value in losses.items():
-                total[name].append(float(value.detach()))
+                total[name].append(value)
             if step % 20 == 19 or step + 1 == stage.steps:
-                mean = {k: round(float(np.mean(v)), 4) for k, v in total.items()}
-                rate = (step + 1 - start) * stage.batch / (time.monotonic() - began)
-                bar.set_postfix(mean | {"images/s": round(rate, 1)})
-                self.write(step, split="train", lr=self.optimizer.param_groups[0]["lr"], rate=round(rate, 2), skipped=skipped, **mean)
+                mean = {k: round(v, 4) for k, v in distributed.mean({k: float(np.mean(v)) for k, v in total.items()}).items()}
+                rate = (step + 1 - self.start) * stage.batch / (time.monotonic() - began)
+                memory = _gigabytes()
+                bar.set_postfix(mean | {"images/s": round(rate, 1), "GB": memory})
+                rates = {"lr": stage.lr * optim.schedule(step, stage.steps, stage.warmup), "rate": round(rate, 2), "skipped": self.skipped, "memory": memory}
+                self.log.write(stage.name, step + 1, "train", **rates, **mean)
                 total.clear()
-            if step % 250 == 249 or step + 1 == stage.steps:
-                self.write(step, split="val", **self.validate())
+            looked = step % stage.every == stage.every - 1 or step + 1 == stage.steps
+            if looked and self.worse(self.validate(), step):
+                yield step
+                tqdm.write(f"{stage.name}: {stage.watch} on val has not fallen for {self.misses} looks; stopped after {step + 1} steps", file=sys.stderr)
+                return
             yield step
+
+    def backward(self, parts: list[Batch]) -> dict[str, float]:
+        """Gradients of the mean losses over the whole step, all its parts and processes; gives those losses.
+
+        An objective's ``count`` says over how many of a batch it is a mean (answer tokens, say), so that parts weigh what
+        they hold; without it, each part weighs the same.
+        """
+        counts = {name: [float(f.count(part)) if hasattr(f, "count") else 1.0 for part in parts] for name, f in self.found.items()}
+        whole = dict(zip(counts, distributed.total(*(sum(c) for c in counts.values()))))
+        share = {name: [c * distributed.world() / max(whole[name], 1.0) for c in counts[name]] for name in counts}
+        logged: dict[str, float] = defaultdict(float)
+        order = {id(part): i for i, part in enumerate(parts)}
+
+        def forward(part: Batch, between: bool):
+            for objective in self.found.values():
+                if hasattr(objective, "before"):
+                    part = objective.before(self.model, part)
+            with self.accelerator.autocast():
+                return self.module(part, between)
+
+        def weighed(losses: dict[str, dict], i: int) -> dict[str, torch.Tensor]:
+            return {k: v * self.stage.weights.get(k, 1.0) * share[name][i] for name, group in losses.items() for k, v in group.items()}
+
+        def note(losses):
+            for name, value in losses.items():
+                logged[name] += float(value.detach()) / (self.stage.weights.get(name, 1.0) or 1.0)
+
+        if self.between is not None and len(parts) > 1:
+            labels = torch.cat([self.between.labels(part) for part in parts])
+
+            def chunk(part: Batch):
+                vectors, losses, _ = forward(part, False)
+                return vectors, weighed(losses, order[id(part)])
+
+            def loss(*vectors):
+                with self.accelerator.autocast():
+                    return {k: v * self.stage.weights.get(k, 1.0) for k, v in self.between.between(self.model, *vectors, labels).items()}
+
+            note(savers.cached(chunk, parts, loss, self.accelerator.backward, self.apart))
+            return dict(logged)
+        for i, part in enumerate(parts):
+            with self.apart() if i + 1 < len(parts) else contextlib.nullcontext():
+                losses = weighed(forward(part, True)[1], i)
+                if losses:
+                    self.accelerator.backward(sum(losses.values()))
+            note(losses)
+        return dict(logged)
+
+    def apart(self):
+        """Where a part's gradients are not yet added up over the processes."""
+        return contextlib.nullcontext() if self.sharded else self.accelerator.no_sync(self.module)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean losses over the val cases without augmentation, every conversation drawn once from the same seed."""
-        self.model.eval()
+        """Mean losses over the val cases without augmentation, every conversation drawn from the same seed; {} without any."""
+        self.module.eval()
         total = defaultdict(list)
-        rng = np.random.default_rng(self.seed)
-        for i in range(0, len(self.val), self.stage.batch):
-            part = [c for c in self.val[i : i + self.stage.batch] if c.turns]
-            batch = draw(part, self.tokenizer, rng, self.stage.turns * 2, dict(self.stage.kinds), 0).to(self.accelerator.device)
+        size = self.stage.chunk or self.stage.batch
+        for i in range(0, len(self.val), size):
+            part = self.val[i : i + size]
+            lots = [np.random.default_rng([self.seed, i + k]) for k in range(len(part))]
+            batch = draw(part, self.tokenizer, lots, self.stage.turns * 2, self.stage.kinds, 0.0, self.stage.pack).to(self.accelerator.device)
+            seed_everything(self.seed, i)
+            for objective in self.found.values():
+                if hasattr(objective, "before"):
+                    batch = objective.before(self.model, batch)
             with self.accelerator.autocast():
-                for name, value in self.losses(batch).items():
-                    total[name].append(float(value))
+                losses = self.module(batch)[1]
+            for name, value in ((k, v) for group in losses.values() for k, v in group.items()):
+                total[name].append(float(value))
         return {k: round(float(np.nanmean(v)), 4) for k, v in total.items()}
 
-    def write(self, step: int, **line) -> None:
-        self.log.write(json.dumps({"stage": self.stage.name, "step": step + 1, **line}) + "\n")
-        self.log.flush()
+    def worse(self, scores: dict[str, float], step: int) -> bool:
+        """Log a look at val; whether it was one too many without a lower score."""
+        if not scores:
+            return False
+        self.log.write(self.stage.name, step + 1, "val", **scores)
+        if self.stage.watch != "loss" and self.stage.watch not in scores:
+            raise ModelError(f"stage {self.stage.name} watches {self.stage.watch!r}; val has {', '.join(scores)}", "BAD_RECIPE")
+        now = scores[self.stage.watch] if self.stage.watch != "loss" else sum(self.stage.weights.get(k, 1.0) * v for k, v in scores.items())
+        if now < self.best:
+            self.best, self.misses = now, 0
+            if self.stage.patience is not None:
+                optimizer = self.optimizer if self.sharded else self.optimizer.optimizer
+                checkpoint.save(self.out / "checkpoints/best", self.model, optimizer, {"stage": self.number, "step": step + 1}, None, self.sharded)
+        else:
+            self.misses += 1
+        return self.stage.patience is not None and self.misses >= self.stage.patience
 
 
-def schedule(step: int, steps: int, warmup: int) -> float:
-    """Share of the peak learning rate: linear warm-up, then a cosine down to 1 %."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def _optimizer(model: MedVLM, stage) -> torch.optim.Optimizer:
-    """AdamW over the parameters that the stage's patterns name; no weight decay on vectors."""
-    groups = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = name not in model.unread and any(fnmatch(name, pattern) for pattern in stage.train)
-        if parameter.requires_grad:
-            groups[parameter.ndim > 1].append(parameter)
-    if not any(groups.values()):
-        raise ModelError(f"stage {stage.name}: no parameter matches {', '.join(stage.train)}", "BAD_RECIPE")
-    return torch.optim.AdamW(
-        [{"params": groups[True], "weight_decay": stage.weight_decay}, {"params": groups[False], "weight_decay": 0.0}],
-        lr=stage.lr, betas=(0.9, 0.98),
-    )  # fmt: skip
-
-
-def _record(out: Path, recipe, data: Path, samples: dict, seed: int, precision: str) -> None:
-    """What was run, with what: the resolved recipe, package versions and a fingerprint of each data set."""
-    fingerprints = {}
-    for name, group in samples.items():
-        manifest = data / name.partition("/")[0] / "manifest.jsonl"
-        digest = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
-        fingerprints[name] = {"samples": len(group), "manifest_sha256": digest}
-    versions = {}
-    for package in ("torch", "torchvision", "transformers", "timm", "segment-anything", "accelerate", "numpy", "medvlm-toolkit"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    record = {
-        "name": recipe.name, "source": recipe.source, "departs": recipe.departs, "args": dict(recipe.args),
-        "stages": [dataclasses.asdict(s) for s in recipe.stages], "seed": seed, "precision": precision,
-        "data": fingerprints, "versions": versions,
-    }  # fmt: skip
-    temporary = out / "recipe.json.new"
-    temporary.write_text(json.dumps(record, indent=1))
-    os.replace(temporary, out / "recipe.json")
+def _gigabytes() -> float:
+    """The most memory used so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 / (1024 if sys.platform == "darwin" else 1), 2)
 
 
 class _StopOnSignal:

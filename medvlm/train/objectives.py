@@ -1,9 +1,22 @@
-"""What is minimised. An objective is a function (model, batch, output) -> {name: loss}; a stage may mix several with "+"."""
+"""What is minimised. An objective is a function (model, batch, output) -> {name: mean loss}; a stage may mix several with "+".
+
+Arguments after those three are a stage's ``options``. An objective may carry functions that the loop heeds:
+
+- ``before(model, batch) -> batch``: changes a batch before the model sees it.
+- ``count(batch) -> int``: over how many its losses are means, so that parts of a step weigh what they hold; what it does not
+  count weighs by part.
+- ``vectors(model, batch, out)``, ``labels(batch)`` and ``between(model, image, text, labels, ...) -> losses``: of one whose
+  examples meet in the loss: the loop collects the vectors of a step's parts first.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,26 +26,41 @@ from ..errors import ModelError
 from ..heads.mask import Prompts
 from ..language import Batch
 from ..vlm import MedVLM, Output
+from .contrastive import clip_loss, siglip_loss, soft_loss
+from .mask_losses import focal_loss, tversky_loss
+from .savers import answer_loss
 
 CLICKED = 8
 """Masks of a batch that are drawn again from a point or a box."""
 
 
-def lm(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
-    """Cross-entropy on the answers' tokens only, averaged over them."""
-    labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100)[:, out.at]
+def _answers(batch: Batch) -> int:
+    return int((batch.labels[:, 1:] >= 0).sum())
+
+
+@parts.carries(count=_answers)
+def lm(model: MedVLM, batch: Batch, out: Output, chunk: int = 256) -> dict[str, Tensor]:
+    """Cross-entropy on the answers' tokens only, averaged over them; logits of ``chunk`` tokens are held at a time."""
+    labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100)
+    if model.plain_head:
+        return {"lm": answer_loss(model.get_output_embeddings(), out.hidden.flatten(0, 1), labels.flatten(), chunk)}
+    labels = labels[:, out.at]
     told = labels >= 0
     return {"lm": F.cross_entropy(out.logits[told].float(), labels[told])}
 
 
-def mask(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
+def mask(model: MedVLM, batch: Batch, out: Output, tversky: tuple[float, float] | None = None, focal: float | None = None) -> dict[str, Tensor]:
     """Masks drawn from [SEG] states, and again from a point or a box inside the same target.
 
     batch.targets: "mask" (S, *size) coverage of the input in [0, 1]; "weak" (S,) true where it is only a box;
     "present" (S,); "label" (S,) index into the head's labels, -1 for others. An absent target teaches presence only:
-    its outline is never shown, and learning empty maps would drown the few that are drawn. Exact masks: cross-entropy + Dice (Milletari et al. 2016, arXiv:1606.04797). Boxes: nothing outside,
-    and the same shadow on every axis (BoxInst, Tian et al. 2021, arXiv:2012.02310, equation 2).
+    its outline is never shown, and learning empty maps would drown the few that are drawn. Exact masks: cross-entropy + Dice
+    (Milletari et al. 2016, arXiv:1606.04797), or focal loss of this gamma, or Tversky loss of this alpha and beta, in their
+    place. Boxes: nothing outside, and the same shadow on every axis (BoxInst, Tian et al. 2021, arXiv:2012.02310, equation 2).
     """
+    if tversky is not None and (not isinstance(tversky, tuple | list) or len(tversky) != 2):
+        raise ModelError(f"tversky is (alpha, beta), not {tversky!r}", "BAD_RECIPE")
+    loss = functools.partial(mask_loss, tversky=tversky, focal=focal)
     if batch.seg is None or not len(batch.seg):
         return {}
     head = model.heads["mask"]
@@ -45,10 +73,10 @@ def mask(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     losses = {"present": F.binary_cross_entropy_with_logits(drawn.present.float(), present)}
     if not shown.any():
         return losses
-    losses["mask"] = mask_loss(drawn.logits, drawn.quality[shown], target[shown], weak[shown])
+    losses["mask"] = loss(drawn.logits, drawn.quality[shown], target[shown], weak[shown])
     named = (label >= 0) & shown
     if head.dense is not None and named.any():
-        losses["dense"] = mask_loss(head.maps(embedding)[index[named], label[named]], None, target[named], weak[named])
+        losses["dense"] = loss(head.maps(embedding)[index[named], label[named]], None, target[named], weak[named])
     clicked = (shown & ~weak).nonzero()[:, 0]
     clicked = clicked[torch.randperm(len(clicked))[:CLICKED].to(clicked.device)]
     if len(clicked):
@@ -60,11 +88,12 @@ def mask(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
             (clicked[:half], Prompts(index[clicked[:half]], boxes=boxes[:half])),
         ]
         prompted = [(head.decode(embedding, p), i) for i, p in parts if len(i)]
-        losses["prompted"] = torch.stack([mask_loss(d.logits, d.quality, target[i], weak[i]) for d, i in prompted]).mean() * 0.5
+        losses["prompted"] = torch.stack([loss(d.logits, d.quality, target[i], weak[i]) for d, i in prompted]).mean() * 0.5
     return losses
 
 
-def mask_loss(logits: Tensor, quality: Tensor | None, target: Tensor, weak: Tensor) -> Tensor:
+def mask_loss(logits: Tensor, quality: Tensor | None, target: Tensor, weak: Tensor, tversky: tuple[float, float] | None = None,
+              focal: float | None = None) -> Tensor:  # fmt: skip
     """Mean over the masks drawn of each one's loss, and of the error of its predicted IoU; see :func:`mask`.
 
     logits: (S, *grid). target: (S, *size) at any multiple of it. weak: (S,).
@@ -73,7 +102,8 @@ def mask_loss(logits: Tensor, quality: Tensor | None, target: Tensor, weak: Tens
     pool = {2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}[logits.ndim - 1]
     target = pool(target[:, None].float(), logits.shape[1:])[:, 0]
     chance, axes = logits.sigmoid(), set(range(1, logits.ndim))
-    exact = F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1).mean(1) + dice_loss(chance, target)
+    pixels = F.binary_cross_entropy_with_logits(logits, target, reduction="none").flatten(1).mean(1) if focal is None else focal_loss(logits, target, focal)
+    exact = pixels + (dice_loss(chance, target) if tversky is None else tversky_loss(chance, target, *tversky))
     outside = (F.binary_cross_entropy_with_logits(logits, torch.zeros_like(target), reduction="none") * (1 - target)).flatten(1).mean(1)
     shadow = sum(dice_loss(chance.amax([*axes - {axis}]), target.amax([*axes - {axis}])) for axis in axes)
     if quality is not None:
@@ -140,46 +170,52 @@ def classify(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     return losses
 
 
-def clip(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
-    """Each picture picks its caption out of the batch and each caption its picture (CLIP, arXiv:2103.00020, figure 3).
+def vectors(model: MedVLM, batch: Batch, out: Output) -> tuple[Tensor, Tensor]:
+    """(n, D) unit vectors of the pictures that have a caption, and of their captions.
 
-    batch.targets["text"]: {"ids" (K, T), "attention" (K, T)}, the caption of each picture. They go through the encoder
-    named "text". In a distributed run the other processes' pairs are negatives too.
+    batch.targets["text"]: {"ids" (n, T), "attention" (n, T), "image" (n,) index into the pictures}; captions go through the
+    encoder named "text".
     """
-    pairs = _pairs(model, batch, out)
-    if pairs is None:
-        return {}
-    from open_clip.loss import ClipLoss
-
-    head, image, text = pairs
-    return {"clip": ClipLoss(local_loss=True, gather_with_grad=True, **_world())(image, text, head.scale())}
-
-
-def siglip(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
-    """Each pair of a picture and a caption is told apart on its own (SigLIP, arXiv:2303.15343, algorithm 1); targets as :func:`clip`."""
-    pairs = _pairs(model, batch, out)
-    if pairs is None:
-        return {}
-    from open_clip.loss import SigLipLoss
-
-    head, image, text = pairs
-    return {"siglip": SigLipLoss(**_world())(image, text, head.scale(), head.logit_bias)}
-
-
-def _pairs(model: MedVLM, batch: Batch, out: Output):
-    if not out.features:
-        return None
+    if not out.features or "text" not in batch.targets:
+        raise ModelError("a contrastive objective met a batch without captions", "BAD_RECIPE", "its data sets need conversations of kind caption or report")
     head, caption = model.heads["contrast"], batch.targets["text"]
-    features = _seen(out)
-    if len(features.pooled) != len(caption["ids"]):
-        raise ModelError(f"the batch has {len(features.pooled)} pictures but {len(caption['ids'])} captions", "BAD_RECIPE", "give each picture one caption")
-    text = model.encoders["text"](caption["ids"], caption["attention"])
-    return head, head.image(features).float(), head.text(text).float()
+    pooled = head.image(_seen(out))[caption["image"]]
+    return pooled.float(), head.text(model.encoders["text"](caption["ids"], caption["attention"])).float()
 
 
-def _world() -> dict[str, int]:
-    on = dist.is_available() and dist.is_initialized()
-    return {"rank": dist.get_rank() if on else 0, "world_size": dist.get_world_size() if on else 1}
+def _pair_labels(batch: Batch) -> Tensor:
+    return batch.targets["labels"][batch.targets["text"]["image"]]
+
+
+def _clip(model: MedVLM, image: Tensor, text: Tensor, labels: Tensor, tile: int | None = None) -> dict[str, Tensor]:
+    return {"clip": clip_loss(image, text, model.heads["contrast"].scale(), tile)}
+
+
+def _siglip(model: MedVLM, image: Tensor, text: Tensor, labels: Tensor, tile: int | None = None) -> dict[str, Tensor]:
+    head = model.heads["contrast"]
+    return {"siglip": siglip_loss(image, text, head.scale(), head.logit_bias, tile)}
+
+
+def _soft(model: MedVLM, image: Tensor, text: Tensor, labels: Tensor, tile: int | None = None, temperature: float | None = None) -> dict[str, Tensor]:
+    return {"soft": soft_loss(image, text, model.heads["contrast"].scale(), labels, tile, temperature)}
+
+
+@parts.carries(vectors=vectors, labels=_pair_labels, between=_clip)
+def clip(model: MedVLM, batch: Batch, out: Output, tile: int | None = None) -> dict[str, Tensor]:
+    """Each picture picks its caption out of the batch, of all processes, and each caption its picture (:func:`clip_loss`)."""
+    return _clip(model, *vectors(model, batch, out), _pair_labels(batch), tile)
+
+
+@parts.carries(vectors=vectors, labels=_pair_labels, between=_siglip)
+def siglip(model: MedVLM, batch: Batch, out: Output, tile: int | None = None) -> dict[str, Tensor]:
+    """Each pair of a picture and a caption is told apart on its own (:func:`siglip_loss`); the head is of kind "siglip"."""
+    return _siglip(model, *vectors(model, batch, out), _pair_labels(batch), tile)
+
+
+@parts.carries(vectors=vectors, labels=_pair_labels, between=_soft)
+def soft(model: MedVLM, batch: Batch, out: Output, tile: int | None = None, temperature: float | None = None) -> dict[str, Tensor]:
+    """As :func:`clip`, with targets spread over cases with like labels, batch.targets["labels"] (:func:`soft_loss`)."""
+    return _soft(model, *vectors(model, batch, out), _pair_labels(batch), tile, temperature)
 
 
 def box(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
@@ -256,16 +292,40 @@ def giou_loss(a: Tensor, b: Tensor) -> Tensor:
     return 1 - both / union.clamp(min=1e-9) + (hull - union) / hull.clamp(min=1e-9)
 
 
-def find(names: str):
-    """The objectives of "lm+mask+classify", in order: those of this file, and those of heads that bring an ``objective``."""
-    known = {f.__name__: f for f in (lm, mask, classify, clip, siglip, box)}
-    brought, found = parts.names("heads", "objective"), []
+def find(names: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """{name: objective} of "lm+mask+classify", in order: those of this file, and those of heads that bring an ``objective``.
+
+    options: {name: {argument: value}}.
+
+    Raises:
+        ModelError: BAD_RECIPE for a name or an argument that there is not, with those there are; for two contrastive ones.
+    """
+    known = {f.__name__: f for f in (lm, mask, classify, clip, siglip, soft, box)}
+    brought, found = parts.names("heads", "objective"), {}
     for name in names.split("+"):
         objective = known.get(name) or (name in brought and getattr(parts.find("heads", name, "objective"), "objective", None))
         if not objective:
             raise ModelError(f"there is no objective {name!r}; there are: {', '.join((*known, *brought))}", "BAD_RECIPE")
-        found.append(objective)
+        found[name] = _with(objective, name, (options or {}).get(name, {}))
+    if unused := (options or {}).keys() - found.keys():
+        raise ModelError(f"options for {', '.join(sorted(unused))}, but the objective is {names}", "BAD_RECIPE")
+    if len(apart := [n for n, f in found.items() if hasattr(f, "vectors")]) > 1:
+        raise ModelError(f"a stage has one contrastive objective, not {' and '.join(apart)}", "BAD_RECIPE")
+    if apart and (hiding := [n for n, f in found.items() if hasattr(f, "before")]):
+        raise ModelError(f"{hiding[0]} hides from {apart[0]} what it is to see", "BAD_RECIPE", "give each a stage of its own")
     return found
+
+
+def _with(objective, name: str, options: Mapping[str, Any]):
+    if not options:
+        return objective
+    takes = list(inspect.signature(objective).parameters)[3:]
+    if unknown := [k for k in options if k not in takes]:
+        raise ModelError(f"objective {name} takes no {unknown[0]!r}; it takes: {', '.join(takes) or 'no options'}", "BAD_RECIPE")
+    made = functools.partial(objective, **options)
+    for attribute, value in vars(objective).items():
+        setattr(made, attribute, functools.partial(value, **options) if attribute == "between" else value)
+    return made
 
 
 def _seen(out: Output) -> Features:

@@ -8,75 +8,44 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import drawn
 import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image as Pillow
 from safetensors.torch import load_file
 
-from medvlm.datasets import instruct, manifest
+from medvlm.datasets import manifest
+from medvlm.datasets.base import open_data
 from medvlm.encoders.base import Features
 from medvlm.errors import MedVLMError
 from medvlm.heads.classify import ClassifyHead
 from medvlm.language import SEG, Batch
 from medvlm.predictors import load as load_model
 from medvlm.preprocess import to_tensor
-from medvlm.recipes.base import Recipe, Stage, load, override
+from medvlm.recipes.base import load, override
 from medvlm.sample import Mask, Sample, Turn
 from medvlm.train import checkpoint, objectives
 from medvlm.train.data import draw, prepare
-from medvlm.train.loop import schedule, train
+from medvlm.train.loop import train
+from medvlm.train.optim import schedule
 from medvlm.vlm import Output
 
-
-def drawn_xray(rng, sick: bool):
-    """Two dark lungs on a grey chest, a bright spot in the right one (image left) when it is ill."""
-    h, w = np.ogrid[:56, :64]
-    top, wide = rng.integers(-3, 4), rng.integers(9, 12)
-    right = ((h - 28 - top) / 20) ** 2 + ((w - 18) / wide) ** 2 < 1
-    left = ((h - 28 - top) / 20) ** 2 + ((w - 46) / wide) ** 2 < 1
-    spot = ((h - 28 - top) ** 2 + (w - 18) ** 2 < 36) & bool(sick)
-    picture = np.full((56, 64), 150.0) - 110 * (right | left) + 90 * spot + rng.normal(0, 6, (56, 64))
-    return picture.clip(0, 255).astype(np.uint8), {"right_lung": right, "left_lung": left, **({"consolidation": spot} if sick else {})}
+RECIPE = drawn.RECIPE
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    folder, rng, lines = root / "drawn", np.random.default_rng(0), []
-    (folder / "images").mkdir(parents=True)
-    (folder / "masks").mkdir()
-    for i in range(10):
-        picture, masks = drawn_xray(rng, i % 2)
-        Pillow.fromarray(picture).save(folder / f"images/{i}.png")
-        files = {}
-        for name, mask in masks.items():
-            files[name] = f"masks/{i}_{name}.png"
-            Pillow.fromarray(mask).save(folder / files[name])
-        qa = [{"qid": f"q{i}", "question": "Is there consolidation in the lungs?", "answer": "yes" if i % 2 else "no"}]
-        lines.append({"id": f"x{i}", "image": f"images/{i}.png", "modality": "xray", "patient": f"p{i}", "split": "val" if i > 7 else "train",
-                      "findings": {"consolidation": i % 2, "cardiomegaly": None}, "mask": {"type": "binary", "files": files}, "qa": qa})  # fmt: skip
-    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    return root
+    return drawn.write(tmp_path_factory.mktemp("data"))
 
 
-def samples(data, name, split):
-    for row in manifest.rows(data / name, split):
-        (image,) = manifest.open_images(row)
-        yield from instruct.conversations(row, image, manifest.read_masks(row, image), tiny.TARGETS)
+def cases_of(model, tokenizer, root, split="train"):
+    groups = open_data(root, "drawn").groups(split)
+    return [c for g in groups for c in prepare(model, tokenizer, list(drawn.samples(g, "drawn", split)))]
 
 
-def config(tokenizer, width: int = 32):
-    return tiny.config(tokenizer)
-
-
-ALL = ("*",)
-RECIPE = Recipe(
-    name="drawn", source="a test", model=config, samples=samples, tokenizer=lambda texts: tiny.tokenizer(),
-    stages=(Stage("see", "lm+mask+classify", ALL, {"drawn": 1.0}, lr=2e-3, steps=4, batch=2, turns=3, warmup=1, augment=0.5),
-            Stage("speak", "lm", ("projectors.*", "lm.*"), {"drawn": 1.0}, lr=1e-3, steps=2, batch=2, turns=2, warmup=1)),
-)  # fmt: skip
+def lots(*seed, count=8):
+    return [np.random.default_rng([*seed, k]) for k in range(count)]
 
 
 def run(root, out, recipe=RECIPE, **more):
@@ -98,7 +67,9 @@ def whole(root, tmp_path_factory):
 def test_a_run_leaves_a_model_and_says_what_it_did(root, whole):
     record = json.loads((whole / "recipe.json").read_text())
     assert record["name"] == "drawn" and [s["name"] for s in record["stages"]] == ["see", "speak"] and record["seed"] == 0
-    assert record["data"]["drawn"]["samples"] > 50 and len(record["data"]["drawn"]["manifest_sha256"]) == 64 and record["versions"]["torch"]
+    assert record["data"]["drawn"]["images"] == 8 and record["data"]["drawn"]["val"] == 2 and len(record["data"]["drawn"]["sha256"]) == 64
+    assert record["versions"]["torch"] and record["tasks"] == [] and record["processes"] == 1
+    assert (whole / "curves.png").stat().st_size > 10_000
     lines = [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
     assert [(x["stage"], x["split"], x["step"]) for x in lines] == [("see", "train", 4), ("see", "val", 4), ("speak", "train", 2), ("speak", "val", 2)]
     assert all(math.isfinite(v) for x in lines for v in x.values() if isinstance(v, float))
@@ -114,7 +85,7 @@ def test_only_what_a_stage_names_learns(whole, root, tmp_path):
     torch.manual_seed(0)
     from medvlm.vlm import MedVLM
 
-    before = {k: v.clone() for k, v in MedVLM(config(tiny.tokenizer())).state_dict().items()}
+    before = {k: v.clone() for k, v in MedVLM(drawn.config(tiny.tokenizer())).state_dict().items()}
     after = weights(tmp_path / "one")
     moved = {n for n, p in before.items() if not torch.equal(p, after[n])}  # and no running statistics
     assert moved and all(n.startswith(("heads.mask.speak.", "projectors.picture.layers.1.")) for n in moved)
@@ -124,22 +95,22 @@ def test_only_what_a_stage_names_learns(whole, root, tmp_path):
 @pytest.mark.parametrize("stop", [2, 4, 5])
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(root, whole, tmp_path, monkeypatch, stop):
     """SIGTERM in the middle of the first stage, at its end, and in the second: bit for bit the same weights."""
-    import medvlm.train.loop as loop
+    import medvlm.train.batches as batches
 
-    done, real = [0], loop.draw
+    done, real = [0], batches.draw
 
-    def draw_and_stop(cases, tokenizer, rng, turns, kinds, strength):
-        done[0] += strength > 0  # training batches; those of validation are not augmented
-        if done[0] == stop and strength > 0:
+    def draw_and_stop(cases, tokenizer, lots, *more):
+        done[0] += 1
+        if done[0] == stop:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(cases, tokenizer, rng, turns, kinds, strength)
+        return real(cases, tokenizer, lots, *more)
 
-    monkeypatch.setattr(loop, "draw", draw_and_stop)
+    monkeypatch.setattr(batches, "draw", draw_and_stop)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         run(root, tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) is before and not (tmp_path / "run/model").exists()
-    monkeypatch.setattr(loop, "draw", real)
+    monkeypatch.setattr(batches, "draw", real)
     run(root, tmp_path / "run", resume=True)
     ours, theirs = weights(tmp_path / "run"), weights(whole)
     assert ours.keys() == theirs.keys() and [n for n in ours if not torch.equal(ours[n], theirs[n])] == []
@@ -166,7 +137,7 @@ def test_data_that_is_not_there_is_an_error(root, tmp_path):
     assert e.value.code == "BAD_RECIPE" and "nothing.*" in e.value.message
     with pytest.raises(MedVLMError) as e:
         run(tmp_path / "nowhere", tmp_path / "b")
-    assert e.value.code == "BAD_MANIFEST"
+    assert e.value.code == "NO_SUCH_DATA"
     with pytest.raises(MedVLMError) as e:
         objectives.find("lm+masks")
     assert e.value.code == "BAD_RECIPE" and "'masks'" in e.value.message
@@ -176,13 +147,13 @@ def test_the_loss_falls(root):
     """On two pictures, twenty-five steps: answers, outlines and findings are all learnt."""
     tokenizer = tiny.tokenizer()
     model = tiny.model(tokenizer).train()
-    cases = prepare(model, tokenizer, list(samples(root, "drawn", "train")))[:2]
+    cases = cases_of(model, tokenizer, root)[:2]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     seen = []
     for _ in range(25):
-        batch = draw(cases, tokenizer, np.random.default_rng(0), 6, {}, 0)
+        batch = draw(cases, tokenizer, lots(0), 6)
         out = model(**batch.inputs())
-        losses = {k: v for o in objectives.find("lm+mask+classify") for k, v in o(model, batch, out).items()}
+        losses = {k: v for o in objectives.find("lm+mask+classify").values() for k, v in o(model, batch, out).items()}
         sum(losses.values()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -193,14 +164,14 @@ def test_the_loss_falls(root):
 def test_cases_hold_each_picture_once_with_what_is_known_of_it(root):
     tokenizer = tiny.tokenizer()
     model = tiny.model(tokenizer)
-    cases = prepare(model, tokenizer, list(samples(root, "drawn", "train")))
+    cases = cases_of(model, tokenizer, root)
     assert len(cases) == 8 and [c.source for c in cases] == [f"x{i}" for i in range(8)]
     healthy, sick = cases[:2]
     names = [*tiny.FINDINGS, *tiny.KINDS]
     assert healthy.labels[names.index("consolidation")] == 0 and sick.labels[names.index("consolidation")] == 1
     assert math.isnan(sick.labels[names.index("cardiomegaly")]) and sick.labels[names.index("modality:xray")] == 1
     for turn in sick.turns:
-        assert (turn.target is not None) == (turn.kind == "segment")
+        assert len(turn.targets) == (turn.kind == "segment")
     order = [tiny.TARGETS[n] for n in sick.names]
     assert order == ["right lung", "left lung", "consolidation"] and sick.present == [True] * 3 and healthy.present[-1] is False
     columns = sick.masks[0].float().sum(0)
@@ -217,27 +188,27 @@ def test_a_case_of_several_images_draws_each_mask_on_its_own():
     asked = (Turn("user", "Segment the right lung."), Turn("assistant", SEG))
     sample = Sample("s", images={"old": old, "new": new}, turns=asked, masks=(Mask("new", "right lung", outline),), meta={"row": "s", "kind": "segment"})
     (case,) = prepare(model, tokenizer, [sample])
-    batch = draw([case], tokenizer, np.random.default_rng(0), 2, {}, 0)
+    batch = draw([case], tokenizer, lots(0), 2)
     assert batch.order == [("picture", 0), ("picture", 1)] and batch.seg_image == [("picture", 1)] and len(batch.images["picture"]) == 2
     for picture, key in zip(batch.images["picture"], (old, new)):
         torch.testing.assert_close(picture, to_tensor(key, model.encoders["picture"].spec)[0], rtol=0, atol=1 / 255)
     assert batch.targets["mask"].shape == (1, 64, 64) and batch.targets["mask"][0, 30, 5] == 1 and batch.targets["mask"][0, 30, 60] == 0
-    moved = draw([case], tokenizer, np.random.default_rng(3), 2, {}, 1.0)
+    moved = draw([case], tokenizer, lots(3), 2, {}, 1.0)
     assert not torch.equal(moved.targets["mask"], batch.targets["mask"]) and torch.isnan(moved.targets["labels"][1]).all()
-    losses = {k: v for objective in objectives.find("lm+mask+classify") for k, v in objective(model, moved, model(**moved.inputs())).items()}
+    losses = {k: v for objective in objectives.find("lm+mask+classify").values() for k, v in objective(model, moved, model(**moved.inputs())).items()}
     assert {"lm", "mask", "dense"} <= losses.keys() and all(v.isfinite() for v in losses.values())
 
 
 def test_a_batch_is_its_seed_and_no_flip_moves_left_to_right(root):
     tokenizer = tiny.tokenizer()
     model = tiny.model(tokenizer)
-    cases = prepare(model, tokenizer, list(samples(root, "drawn", "train")))[:4]
-    one, two = (draw(cases, tokenizer, np.random.default_rng(3), 4, {"segment": 9.0}, 1.0) for _ in range(2))
+    cases = cases_of(model, tokenizer, root)[:4]
+    one, two = (draw(cases, tokenizer, lots(3), 4, {"segment": 9.0}, 1.0) for _ in range(2))
     assert torch.equal(one.ids, two.ids) and torch.equal(one.images["picture"], two.images["picture"]) and torch.equal(one.targets["mask"], two.targets["mask"])
-    assert not torch.equal(one.ids, draw(cases, tokenizer, np.random.default_rng(4), 4, {"segment": 9.0}, 1.0).ids)
+    assert not torch.equal(one.ids, draw(cases, tokenizer, lots(4), 4, {"segment": 9.0}, 1.0).ids)
     seen = set()
     for seed in range(12):
-        batch = draw(cases, tokenizer, np.random.default_rng(seed), 4, {"segment": 9.0}, 1.0)
+        batch = draw(cases, tokenizer, lots(seed), 4, {"segment": 9.0}, 1.0)
         for mask, label, present in zip(batch.targets["mask"], batch.targets["label"], batch.targets["present"]):
             if present and tiny.TARGETS[label] in ("right lung", "left lung"):
                 centre = float((mask.sum(0) * torch.arange(64)).sum() / mask.sum())
@@ -252,9 +223,9 @@ def test_a_batch_is_its_seed_and_no_flip_moves_left_to_right(root):
         ("stages.see.epoch=3", "Stage has no 'epoch'"),
         ("stages.see.step=3", "did you mean 'steps'?"),
         ("stages.spek.steps=3", "did you mean 'speak'?"),
-        ("stages.see.steps=many", "is a int, not 'many'"),
-        ("stages.see.lr=fast", "is a float"),
-        ("stages.see.train=3", "is a tuple"),
+        ("stages.see.steps=many", "is NoneType or int, not 'many'"),
+        ("stages.see.lr=fast", "is float, not"),
+        ("stages.see.train=3", "is Mapping or tuple, not"),
         ("args.widht=3", "did you mean 'width'?"),
         ("steps=3", "stages.NAME.FIELD=VALUE"),
         ("stages.see.steps", "stages.NAME.FIELD=VALUE"),
@@ -378,8 +349,8 @@ def test_of_an_exclusive_group_the_known_one_is_learnt(labels, known):
 def test_an_absent_target_teaches_presence_only(root):
     tokenizer = tiny.tokenizer()
     model = tiny.model(tokenizer)
-    cases = prepare(model, tokenizer, list(samples(root, "drawn", "train")))[:4]
-    batch = draw(cases, tokenizer, np.random.default_rng(0), 3, {"segment": 1.0, "asked": 0.0, "finding": 0.0, "modality": 0.0, "describe": 0.0, "view": 0.0}, 0)
+    cases = cases_of(model, tokenizer, root)[:4]
+    batch = draw(cases, tokenizer, lots(0), 3, {"segment": 1.0, "asked": 0.0, "finding": 0.0, "modality": 0.0, "describe": 0.0, "view": 0.0}, 0)
     assert set(objectives.mask(model, batch, model(**batch.inputs()))) == {"present", "mask", "dense", "prompted"}
     batch.targets["present"][:] = 0
     assert set(objectives.mask(model, batch, model(**batch.inputs()))) == {"present"}

@@ -1,0 +1,189 @@
+"""Which cases a step sees: mixtures of data sets, in an order that depends on the seed alone, split over processes and workers."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from ..errors import MedVLMError, ModelError
+from ..language import Batch
+from ..sample import Sample
+from .data import Case, draw
+
+EAGER = 5000
+"""A data set of up to so many images is prepared before training starts, so that what is bad in it is found then."""
+
+
+class Cases:
+    """The cases of one data set and split: each image's are prepared when first drawn, and kept while there is room.
+
+    make: (samples of one image) -> its cases. bad: None to raise what is wrong with an image, or a list that takes it.
+    """
+
+    def __init__(self, name: str, groups: Sequence[list[Sample]], make: Callable[[list[Sample]], list[Case]], room: int, bad: list | None = None):
+        self.name, self.groups, self.make, self.bad = name, groups, make, bad
+        self.room, self.kept, self.held = room, OrderedDict(), 0
+        if len(groups) <= EAGER:
+            shown = tqdm(range(len(groups)), desc=f"preparing {name}", unit="image", leave=False, disable=None)
+            self.index = [i for i in shown if self[i]]
+        else:
+            self.index = list(range(len(groups)))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> list[Case]:
+        """The cases of an image, [] when it has nothing to learn from."""
+        if i not in self.kept:
+            try:
+                made = [c for c in self.make(self.groups[i]) if c.turns or c.pictures]
+            except MedVLMError as error:
+                if self.bad is None:
+                    raise
+                self.bad.append({"dataset": self.name, "row": self.groups[i][0].meta.get("row"), "code": error.code, "message": error.message})
+                made = []
+            self.held += sum(c.size for c in made)
+            self.kept[i] = made
+            while self.held > self.room and len(self.kept) > 1:
+                _, old = self.kept.popitem(last=False)
+                self.held -= sum(c.size for c in old)
+        return self.kept[i] if i in self.kept else []
+
+    def reader(self, seed: Sequence[int], part: tuple[int, int]) -> Callable[[int], list[Case]]:
+        """position -> cases: every image once an epoch, each epoch in another order."""
+        order: dict[int, np.ndarray] = {}
+
+        def at(position: int) -> list[Case]:
+            epoch, place = divmod(position, len(self.index))
+            if epoch not in order:
+                order.clear()
+                order[epoch] = np.random.default_rng([*seed, epoch]).permutation(len(self.index))
+            return self[self.index[order[epoch][place]]]
+
+        return at
+
+    def all(self) -> Iterator[Case]:
+        for i in self.index:
+            yield from self[i]
+
+
+class Stream:
+    """The cases of shards, read in order by each reader, never held.
+
+    groups: (epoch, part, skip) -> iterator over the samples of one image after the other. count: images of the split.
+    length: (epoch, part) -> how many of them that reader sees.
+    """
+
+    def __init__(self, name: str, groups: Callable[[int, tuple[int, int], int], Iterator[list[Sample]]], count: int,
+                 length: Callable[[int, tuple[int, int]], int], make: Callable[[list[Sample]], list[Case]]):  # fmt: skip
+        self.name, self.groups, self.count, self.length, self.make = name, groups, count, length, make
+
+    def __len__(self) -> int:
+        return self.count
+
+    def reader(self, seed: Sequence[int], part: tuple[int, int]) -> Callable[[int], list[Case]]:
+        """position in this reader's own part -> cases; positions grow by one, and the first may be anywhere."""
+        epoch, first, left = 0, 0, None
+
+        def at(position: int) -> list[Case]:
+            nonlocal epoch, first, left
+            while position >= first + self.length(epoch, part):
+                first, epoch, left = first + self.length(epoch, part), epoch + 1, None
+            if left is None:
+                left = self.groups(epoch, part, position - first)
+            return self.make(next(left))
+
+        return at
+
+
+def plan(weights: dict[str, float], batch: int, seed: Sequence[int]) -> Iterator[list[tuple[str, int]]]:
+    """For each step from the first: (data set, how many were taken of it before) of each place in the batch."""
+    names = list(weights)
+    chance = np.array([weights[n] for n in names], float)
+    lot, taken = np.random.default_rng(seed), dict.fromkeys(names, 0)
+    while True:
+        picks = []
+        for k in lot.choice(len(names), size=batch, p=chance / chance.sum()):
+            picks.append((names[k], taken[names[k]]))
+            taken[names[k]] += 1
+        yield picks
+
+
+class Batches(IterableDataset):
+    """For each step, the batches of this process, one a chunk; worker w of W makes those of every W-th step.
+
+    Args:
+        seed: (run's seed, number of the stage). start: the first step wanted; what comes before is passed over unread.
+        rank, world: this process takes every world-th place of a step's batch.
+    """
+
+    def __init__(self, stage, seed: tuple[int, int], sources: dict[str, Cases | Stream], tokenizer, start: int, rank: int = 0, world: int = 1):
+        self.stage, self.seed, self.sources, self.tokenizer = stage, seed, sources, tokenizer
+        self.start, self.rank, self.world = start, rank, world
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        info = get_worker_info()
+        workers = info.num_workers if info else 1
+        worker = (self.start + info.id) % workers if info else 0  # the loader asks its first worker for the first step
+        part = (self.rank * workers + worker, self.world * workers)
+        weights = {name: self.stage.data[name] for name in self.sources}
+        readers = {name: source.reader([*self.seed, k], part) for k, (name, source) in enumerate(self.sources.items())}
+        passed: dict[str, int] = defaultdict(int)  # of a stream, by this reader
+        for step, picks in enumerate(plan(weights, self.stage.batch, self.seed)):
+            if step == self.stage.steps:
+                return
+            if step % workers != worker:
+                continue
+            mine = list(enumerate(picks))[self.rank :: self.world]
+            if step < self.start:
+                for _, (name, _) in mine:
+                    passed[name] += 1
+                continue
+            drawn = []
+            for place, (name, position) in mine:
+                lot = np.random.default_rng([*self.seed, step, place])
+                if isinstance(self.sources[name], Stream):
+                    position, passed[name] = passed[name], passed[name] + 1
+                twin = bool(lot.random() < self.stage.flip)
+                cases = [c for c in readers[name](position) if c.mirrored == twin]
+                if cases:
+                    drawn.append((cases[int(lot.integers(len(cases)))], lot))
+            yield [self._batch(part) for part in _parts(drawn, self.stage.chunk)]
+
+    def _batch(self, drawn: list[tuple[Case, np.random.Generator]]) -> Batch:
+        stage = self.stage
+        return draw([c for c, _ in drawn], self.tokenizer, [lot for _, lot in drawn], stage.turns, stage.kinds, stage.augment, stage.pack)
+
+
+def _parts(items: list, size: int | None) -> Iterable[list]:
+    if not items:
+        raise ModelError("nothing could be read for a step: every image drawn is bad", "BAD_DATASET", "look at what --skip-bad left out")
+    return [items[i : i + size] for i in range(0, len(items), size)] if size else [items]
+
+
+def loader(batches: Batches, workers: int) -> Iterator[list[Batch]]:
+    """The batches in the order of their steps, made by worker processes, or in this one when workers is 0."""
+    if not workers:
+        return iter(batches)
+    return iter(DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_same, prefetch_factor=2))
+
+
+def _same(item):
+    return item
+
+
+def room() -> int:
+    """Bytes that prepared images may take: a quarter of what the machine has left."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4 << 30
+    return max(1 << 28, free // 4)
+
+
+def seed_everything(*seed: int) -> None:
+    """torch's generators (dropout, the objectives' own draws) from these numbers."""
+    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))

@@ -1,0 +1,159 @@
+"""Contrastive losses of pairs of unit vectors, over the pairs of all processes, without holding the matrix of their logits.
+
+The pictures of this process meet all texts ``tile`` pictures at a time. A tile's logits are computed again in the backward
+pass, and the log-sum-exp of a text over all pictures is put together from those of the tiles and of the processes: memory is
+O(tile x texts), loss and gradients are those of the whole matrix. Source of the tiles: Inf-CL, Cheng et al. 2024,
+arXiv:2410.17243.
+
+In a distributed run each process passes its own pairs, as many as every other does, and gets its own share of the loss: its
+pictures over all texts and its texts over all pictures (open_clip's ``local_loss`` with ``gather_with_grad``). The means over
+the processes of losses and of gradients, which DDP takes, are those of one process with all pairs.
+
+All take image, text: (n, D) unit vectors, row i of one belonging to row i of the other, computed with in single precision or
+better also under autocast; scale: what cosines are multiplied by, as ``ContrastHead.scale()`` gives; tile: pictures at a time,
+None for all at once and nothing computed twice. All give a scalar and raise ModelError BAD_ARGUMENT for shapes that do not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import ModelError
+
+
+def clip_loss(image: Tensor, text: Tensor, scale: Tensor | float, tile: int | None = None) -> Tensor:
+    """Cross-entropy of each picture's own text among all texts and of each text's own picture among all pictures, averaged.
+
+    Source: CLIP, Radford et al. 2021, arXiv:2103.00020, figure 3.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        return _softmax_loss(*_pairs(image, text, tile), scale, tile)
+
+
+def siglip_loss(image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float, tile: int | None = None) -> Tensor:
+    """Each picture and text told apart on its own: -log sigmoid(+-(scale cos + bias)), + for a pair, summed and divided by n.
+
+    Source: SigLIP, Zhai et al. 2023, arXiv:2303.15343, algorithm 1.
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        image, text = _pairs(image, text, tile)
+        texts = gathered(text)
+
+        def part(pictures: Tensor, own: Tensor) -> Tensor:
+            pictures = scale * pictures
+            return F.softplus(pictures @ texts.T + bias).sum(1) - ((pictures * own).sum(1) + bias)  # softplus(-z) = softplus(z) - z
+
+        return torch.cat(_tiles(part, tile, image, text)).mean()
+
+
+def soft_loss(image: Tensor, text: Tensor, scale: Tensor | float, labels: Tensor, tile: int | None = None, temperature: float | None = None) -> Tensor:
+    """As :func:`clip_loss`, but a picture's target is spread over the texts of like cases, and a text's over their pictures.
+
+    labels: (n, L), one row a case: findings (1 present, 0 absent, NaN unknown) or any vectors, as of its report. The cosine
+    s_ij of two rows says how alike two cases are; the target of case i is t_ij = max(s_ij, 0) / sum_j max(s_ij, 0), or
+    softmax_j(s_ij / temperature) when a temperature is given; the loss is -sum_j t_ij log p_ij, averaged over both directions.
+
+    - Unknown findings make no likeness: they count as 0 in the cosine.
+    - A case whose findings are all known to be absent is like every other such case: its row is that of a finding "none".
+    - A case is wholly like itself (s_ii = 1), also where nothing present is known; such a case is like no other.
+
+    Without a temperature, cases that share nothing have targets of exactly 0, so that labels which are all different and
+    one-hot give ``clip_loss``. ``temperature=1`` is the target of Cardiac-CLIP (Hu et al. 2025, arXiv:2507.22024; its
+    code, ``objectives.compute_itc``: softmax of the cosines of label vectors) and of MedCLIP's semantic matching loss
+    (Wang et al. 2022, arXiv:2210.10163). What departs: in Cardiac-CLIP an empty row is 0/0, and a text's target is the
+    transposed matrix, whose rows do not add up to 1; here, as in MedCLIP, it is normalised over the pictures. MedCLIP codes
+    an absent finding as -1, so that sharing absences makes a likeness; here it does only where nothing at all is present.
+    """
+    image, text = _pairs(image, text, tile)
+    if labels.ndim != 2 or len(labels) != len(image):
+        raise ModelError(f"{len(image)} pairs but labels of shape {tuple(labels.shape)}", "BAD_ARGUMENT", "give each pair a row of labels")
+    if temperature is not None and temperature <= 0:
+        raise ModelError(f"temperature {temperature} is not above 0", "BAD_ARGUMENT", "give a positive one, or None")
+    with torch.autocast(image.device.type, enabled=False):
+        rows = _directions(labels.detach().to(image))
+        columns, place = gathered(rows), torch.arange(len(rows), device=rows.device) + _rank() * len(rows)
+
+        def likeness(rows: Tensor, place: Tensor) -> Tensor:
+            alike = rows @ columns.T
+            alike[torch.arange(len(place), device=place.device), place] = 1
+            return alike.clamp_(min=0) if temperature is None else alike.sub_(1).div_(temperature).exp_()
+
+        mine = torch.cat([likeness(*some).sum(1) for some in zip(*(x.split(tile or len(x)) for x in (rows, place)))])
+        total = gathered(mine)
+
+        def share(rows: Tensor, place: Tensor, mine: Tensor) -> Tensor:
+            """What each text weighs for these pictures and these pictures for each text, averaged: cosines are symmetric."""
+            return likeness(rows, place).mul_((1 / mine[:, None] + 1 / total) / 2)
+
+        return _softmax_loss(image, text, scale, tile, share, (rows, place, mine))
+
+
+def _softmax_loss(image: Tensor, text: Tensor, scale: Tensor | float, tile: int | None, share: Callable | None = None, about: tuple[Tensor, ...] = ()) -> Tensor:
+    """share(*tile of about) -> (t, N), what each pair of a picture and a text weighs; None: 1 for a picture's own, 0 for others."""
+    texts = gathered(text)
+
+    def part(pictures: Tensor, own: Tensor, *about: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pictures = scale * pictures
+        logits = pictures @ texts.T
+        right = (pictures * own).sum(1) if share is None else (share(*about) * logits).sum(1)
+        return logits.logsumexp(1), logits.logsumexp(0), right
+
+    over_texts, over_pictures, right = zip(*_tiles(part, tile, image, text, *about))
+    over_pictures = gathered(torch.stack(over_pictures).logsumexp(0)[None]).logsumexp(0)
+    own = over_pictures[_rank() * len(text) :][: len(text)]
+    return ((torch.cat(over_texts) + own) / 2 - torch.cat(right)).mean()
+
+
+def _directions(labels: Tensor) -> Tensor:
+    """(n, L + 1) unit vectors, 0 where nothing present is known; the last column is "none", all known to be absent."""
+    known = labels.nan_to_num(0.0)
+    none = (labels == 0).all(1, keepdim=True)
+    return F.normalize(torch.cat([known, none.to(known)], 1), dim=1)
+
+
+def _pairs(image: Tensor, text: Tensor, tile: int | None) -> tuple[Tensor, Tensor]:
+    if image.ndim != 2 or image.shape != text.shape or not len(image):
+        raise ModelError(f"images {tuple(image.shape)} and texts {tuple(text.shape)} are not rows of pairs", "BAD_ARGUMENT", "give one text an image")
+    if tile is not None and tile < 1:
+        raise ModelError(f"a tile of {tile} rows", "BAD_ARGUMENT", "give a positive number, or None for one tile")
+    exact = torch.promote_types(torch.promote_types(image.dtype, text.dtype), torch.float32)
+    return image.to(exact), text.to(exact)
+
+
+def _tiles(part: Callable, tile: int | None, *rows: Tensor) -> list:
+    """What ``part`` gives for ``tile`` rows at a time, computed again in the backward pass."""
+    if tile is None:
+        return [part(*rows)]
+    again = dict(use_reentrant=False, preserve_rng_state=False)
+    return [checkpoint(part, *some, **again) for some in zip(*(r.split(tile) for r in rows))]
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """(processes x n, ...): the rows (n, ...) of every process, in order of rank, with gradient; the rows themselves outside distributed runs."""
+    return _Gather.apply(rows) if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else rows
+
+
+class _Gather(torch.autograd.Function):
+    """torch.distributed.nn's all_gather is deprecated, and its successor is private."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        every = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(every, rows.contiguous())
+        return every
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]

@@ -1,0 +1,106 @@
+"""The data sets of a recipe: opened, checked for leaks, and turned into the cases that its stages draw."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..datasets import checks, mirror
+from ..datasets.base import Data, open_data
+from ..errors import ModelError
+from ..sample import Sample
+from .batches import EAGER, Cases, Stream, room
+from .data import Case, prepare
+
+VAL_IMAGES = 48
+"""About how many images of each data set a validation looks at."""
+WORDS_OF = 2000
+"""Images of a streamed set whose text a tokenizer is made of."""
+SPLITS = {"train": ("train", None), "val": ("val",)}
+"""Rows that name no split are learnt from."""
+
+
+class Corpus:
+    """Every data set that the recipe's stages name, once each.
+
+    Raises:
+        ModelError: NO_SUCH_DATA, NO_SAMPLES, LEAK, and what is wrong with a row, by its line, unless ``skip_bad``.
+    """
+
+    def __init__(self, recipe, data: Path, skip_bad: bool = False, allow_leaks: bool = False):
+        self.recipe = recipe
+        self.names = list(dict.fromkeys(name for stage in recipe.stages for name in stage.data))
+        self.sets = {name: open_data(data, name.partition("/")[0]) for name in self.names}
+        self.bad: list[dict] | None = [] if skip_bad else None
+        read: dict[str, dict[str, list[list[Sample]]]] = {}
+        for name, found in self.sets.items():
+            of = name.partition("/")[0]
+            if of not in read:
+                read[of] = {s: [] if found.streamed and s == "train" else list(self._groups(found, s)) for s in SPLITS}
+                if not allow_leaks and not found.streamed:
+                    checks.refuse_leaks({s: (x for g in groups for x in g) for s, groups in read[of].items()})
+        self.held = {name: read[name.partition("/")[0]] for name in self.names}
+        if not any(self.held[n]["train"] or self.sets[n].streamed for n in self.names):
+            raise ModelError(f"{data} holds no training samples of {', '.join(self.names)}", "NO_SAMPLES", "check --data and the splits of its rows")
+
+    def _groups(self, found: Data, split: str, bad: list[dict] | None = None) -> Iterator[list[Sample]]:
+        """What a set holds of a split; the pixels of a manifest of up to ``EAGER`` rows are looked at too."""
+        bad = self.bad if bad is None else bad
+        few = all(adapter is None and not found.streamed and _rows(folder) <= EAGER for folder, adapter in found.folders.values())
+        return itertools.chain.from_iterable(found.groups(s, bad, pixels=few) for s in SPLITS[split])
+
+    def texts(self) -> Iterator[str]:
+        """The text of every conversation to learn from; of a streamed set, of its first images."""
+        for name in self.names:
+            groups = self.held[name]["train"] or itertools.islice(self._groups(self.sets[name], "train", []), WORDS_OF)
+            for group in groups:
+                yield from (t.text for s in self.recipe.samples(group, name, "train") for t in s.turns)
+
+    def sources(self, model, tokenizer, seed: int) -> dict[str, Cases | Stream]:
+        """What each set's training batches are drawn from."""
+        return {name: self._source(name, model, tokenizer, seed) for name in self.names}
+
+    def val(self, model, tokenizer) -> dict[str, Cases]:
+        found = {n: self.held[n]["val"] for n in self.names}
+        return {n: Cases(n, groups[:: max(1, len(groups) // VAL_IMAGES)], self._make(n, "val", model, tokenizer), room(), self.bad) for n, groups in found.items()}
+
+    def val_samples(self) -> list[Sample]:
+        return [s for n in self.names for g in self.held[n]["val"] for s in self.recipe.samples(g, n, "val")]
+
+    def left_out(self, out: Path) -> None:
+        """Count and list what was bad."""
+        if self.bad:
+            (out / "skipped.jsonl").write_text("".join(json.dumps(b) + "\n" for b in self.bad))
+            tqdm.write(f"left out as bad: {len(self.bad)}, listed in {out / 'skipped.jsonl'}", file=sys.stderr)
+
+    def _source(self, name: str, model, tokenizer, seed: int) -> Cases | Stream:
+        data, make = self.sets[name], self._make(name, "train", model, tokenizer)
+        if not data.streamed:
+            return Cases(name, self.held[name]["train"], make, room() // len(self.names), self.bad)
+        split = "train" if data.length("train", None, 0) else None
+        read = lambda epoch, part, skip: data.stream(split, seed, epoch, part, skip)  # noqa: E731
+        return Stream(name, read, data.length(split, None, 0), lambda epoch, part: data.length(split, seed, epoch, part), make)
+
+    def _make(self, name: str, split: str, model, tokenizer):
+        twins = split == "train" and any(stage.flip > 0 for stage in self.recipe.stages if name in stage.data)
+
+        def cases(group: list[Sample]) -> list[Case]:
+            samples = list(self.recipe.samples(group, name, split))
+            made = prepare(model, tokenizer, samples)
+            for case in prepare(model, tokenizer, [mirror.mirror(s) for s in samples]) if twins else ():
+                case.mirrored = True
+                made.append(case)
+            return made
+
+        return cases
+
+
+def _rows(folder: Path) -> int:
+    file = folder if folder.is_file() else folder / "manifest.jsonl"
+    with file.open("rb") as lines:
+        return sum(1 for _ in lines)

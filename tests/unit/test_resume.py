@@ -1,0 +1,120 @@
+"""A run that dies at any moment goes on as if it had not; what fills the disk or the memory has a name."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import drawn
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medvlm.errors import MedVLMError
+from medvlm.train import checkpoint, record
+from medvlm.train.loop import train
+
+TESTS = Path(__file__).parents[1]
+SETTINGS = ["stages.see.steps=14", "stages.speak.steps=8", "stages.see.every=5", "stages.speak.every=5", "stages.see.patience=9"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return drawn.write(tmp_path_factory.mktemp("data"))
+
+
+def command(root, out, *more):
+    words = [sys.executable, "-m", "medvlm", "train", str(TESTS / "drawn.py"), "--data", str(root), "--out", str(out), "--device", "cpu", "--precision", "no"]
+    return [*words, "--save-minutes", "0", *(w for s in SETTINGS for w in ("--set", s)), *more]
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+
+
+def test_killed_three_times_at_random_moments_the_weights_are_the_same_bit_for_bit(root, tmp_path):
+    subprocess.run(command(root, tmp_path / "whole"), env=environment(), check=True, capture_output=True, timeout=240)
+    seed = random.SystemRandom().randrange(10**6)
+    lot, out, kills = random.Random(seed), tmp_path / "killed", 0
+    for moment in sorted(lot.sample(range(2, 20), 3)):  # steps of the whole run after which the kill comes, and a while
+        more = ["--resume"] if (out / "recipe.json").exists() else []
+        process = subprocess.Popen(command(root, out, *more), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        started = time.monotonic()
+        while process.poll() is None and time.monotonic() - started < 120 and _reached(out) < moment:
+            time.sleep(0.005)
+        time.sleep(lot.random() * 0.1)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+    subprocess.run(command(root, out, "--resume"), env=environment(), check=True, capture_output=True, timeout=240)
+    assert kills == 3, f"seed {seed}"
+    one, other = (load_file(tmp_path / n / "checkpoints/last/model.safetensors") for n in ("whole", "killed"))
+    assert one.keys() == other.keys() and [n for n in one if not torch.equal(one[n], other[n])] == [], f"seed {seed}"
+    assert (tmp_path / "whole/model/model.safetensors").read_bytes() == (out / "model/model.safetensors").read_bytes()
+    losses = lambda run: {(x["stage"], x["step"]): x["lm"] for x in record.lines(run) if x["split"] == "val"}  # noqa: E731
+    assert losses(tmp_path / "whole") == losses(out)
+
+
+def _reached(out: Path) -> int:
+    """Steps of the whole run that the state on disk has seen."""
+    try:
+        state = checkpoint.read_state(checkpoint.newest(out / "checkpoints"))
+    except (TypeError, OSError, json.JSONDecodeError):  # there is none, or it is being swapped
+        return 0
+    return state["stage"] * 14 + state["step"]
+
+
+def test_a_full_disk_has_a_name_and_the_last_state_stays(root, tmp_path, monkeypatch):
+    recipe, real, calls = replace(drawn.RECIPE, finish=None), checkpoint.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        real(tensors, path)
+        if len(calls) == 3:
+            with open(path, "r+b") as file:
+                file.truncate(100)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(MedVLMError) as e:
+        train(recipe, root, tmp_path / "run", device="cpu", precision="no", save_minutes=0)
+    assert e.value.code == "DISK_FULL" and "--resume" in e.value.hint
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["last"]
+    assert checkpoint.read_state(checkpoint.newest(tmp_path / "run/checkpoints")) | {"step": 2} == checkpoint.read_state(checkpoint.newest(tmp_path / "run/checkpoints"))
+    monkeypatch.undo()
+    train(recipe, root, tmp_path / "run", device="cpu", precision="no", resume=True)
+    train(recipe, root, tmp_path / "whole", device="cpu", precision="no")
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == (tmp_path / "whole/model/model.safetensors").read_bytes()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_log_that_cannot_grow_ends_the_run_by_name(root, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(MedVLMError) as e:
+        train(drawn.RECIPE, root, tmp_path / "run", device="cpu", precision="no")
+    assert e.value.code == "DISK_FULL"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_out_of_memory_says_what_to_lower(root, tmp_path, monkeypatch, error):
+    import medvlm.train.objectives as objectives
+
+    def hungry(model, batch, out):
+        raise error
+
+    hungry.__name__ = "lm"
+    monkeypatch.setattr(objectives, "lm", hungry)
+    with pytest.raises(MedVLMError) as e:
+        train(drawn.RECIPE, root, tmp_path / "run", device="cpu", precision="no")
+    assert e.value.code == "OUT_OF_MEMORY" and "chunk" in e.value.hint
+    with pytest.raises(RuntimeError, match="something else"):
+        error = RuntimeError("something else")
+        train(drawn.RECIPE, root, tmp_path / "other", device="cpu", precision="no")
