@@ -39,7 +39,7 @@ def write(root: Path, count: int = 10) -> Path:
             files[name] = f"masks/{i}_{name}.png"
             Pillow.fromarray(mask).save(folder / files[name])
         qa = [{"qid": f"q{i}", "question": "Is there consolidation in the lungs?", "answer": "yes" if i % 2 else "no"}]
-        lines.append({"id": f"x{i}", "image": f"images/{i}.png", "modality": "xray", "patient": f"p{i}", "split": "val" if i >= count - 2 else "train",
+        lines.append({"id": f"x{i}", "image": f"images/{i}.png", "modality": "xray", "patient": f"p{i}", "labels": {"view": "PA"}, "split": "val" if i >= count - 2 else "train",
                       "findings": {"consolidation": i % 2, "cardiomegaly": None}, "mask": {"type": "binary", "files": files}, "qa": qa,
                       "text": ("Consolidation on the right." if i % 2 else "No consolidation.") + f" Film {i}."})  # fmt: skip
     (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
 
+import numpy as np
+
 from .. import parts
 from ..errors import MedVLMError, ModelError
+from ..imaging.scan import Image
 from ..sample import Sample
 from . import manifest, shards
 from .checks import blank, leave_out, touch
@@ -108,6 +111,14 @@ class Data:
         """How many groups :meth:`stream` gives without ``skip``."""
         ((folder, _),) = self.folders.values()
         return shards.length(folder, split, seed, epoch, part)
+
+    def traces(self, split: str | None) -> Iterator[Sample]:
+        """One sample a row of a set of shards: patient, id and the digest of its image, nothing of it opened; for leaks."""
+        ((name, (folder, _)),) = self.folders.items()
+        for row in shards.rows(folder, (split,)):
+            seen = Image("image", np.zeros((1, 1, 1), np.uint8))
+            seen.origin = row.get("_digest")
+            yield Sample(row["id"], row.get("patient"), {"image": seen} if seen.origin else {}, meta={"row": row["id"], "dataset": name})
 
     def count(self, split: str | None) -> int:
         """Rows of a split of a set of shards."""

@@ -37,13 +37,14 @@ class Corpus:
         self.names = list(dict.fromkeys(name for stage in recipe.stages for name in stage.data))
         self.sets = {name: open_data(data, name.partition("/")[0]) for name in self.names}
         self.bad: list[dict] | None = [] if skip_bad else None
+        self.no_twin = 0
         read: dict[str, dict[str, list[list[Sample]]]] = {}
         for name, found in self.sets.items():
             of = name.partition("/")[0]
             if of not in read:
                 read[of] = {s: [] if found.streamed and s == "train" else list(self._groups(found, s)) for s in SPLITS}
-                if not allow_leaks and not found.streamed:
-                    checks.refuse_leaks({s: (x for g in groups for x in g) for s, groups in read[of].items()})
+                if not allow_leaks:
+                    checks.refuse_leaks({s: self._seen(found, s, groups) for s, groups in read[of].items()})
         self.held = {name: read[name.partition("/")[0]] for name in self.names}
         if not any(self.held[n]["train"] or self.sets[n].streamed for n in self.names):
             raise ModelError(f"{data} holds no training samples of {', '.join(self.names)}", "NO_SAMPLES", "check --data and the splits of its rows")
@@ -53,6 +54,12 @@ class Corpus:
         bad = self.bad if bad is None else bad
         few = all(adapter is None and not found.streamed and _rows(folder) <= EAGER for folder, adapter in found.folders.values())
         return itertools.chain.from_iterable(found.groups(s, bad, pixels=few) for s in SPLITS[split])
+
+    @staticmethod
+    def _seen(found: Data, split: str, groups: list[list[Sample]]) -> Iterator[Sample]:
+        if found.streamed:
+            return itertools.chain.from_iterable(found.traces(s) for s in SPLITS[split])
+        return itertools.chain.from_iterable(groups)
 
     def texts(self) -> Iterator[str]:
         """The text of every conversation to learn from; of a streamed set, of its first images."""
@@ -73,7 +80,9 @@ class Corpus:
         return [s for n in self.names for g in self.held[n]["val"] for s in self.recipe.samples(g, n, "val")]
 
     def left_out(self, out: Path) -> None:
-        """Count and list what was bad."""
+        """Count and list what was bad, and count what has no mirror image."""
+        if self.no_twin:
+            tqdm.write(f"conversations without a mirror image, since it would not be true: {self.no_twin}", file=sys.stderr)
         if self.bad:
             (out / "skipped.jsonl").write_text("".join(json.dumps(b) + "\n" for b in self.bad))
             tqdm.write(f"left out as bad: {len(self.bad)}, listed in {out / 'skipped.jsonl'}", file=sys.stderr)
@@ -92,12 +101,22 @@ class Corpus:
         def cases(group: list[Sample]) -> list[Case]:
             samples = list(self.recipe.samples(group, name, split))
             made = prepare(model, tokenizer, samples)
-            for case in prepare(model, tokenizer, [mirror.mirror(s) for s in samples]) if twins else ():
+            for case in prepare(model, tokenizer, list(self._mirrored(samples))) if twins else ():
                 case.mirrored = True
                 made.append(case)
             return made
 
         return cases
+
+    def _mirrored(self, samples: list[Sample]) -> Iterator[Sample]:
+        """The twins of those that stay true in a mirror; how many do not is counted."""
+        for sample in samples:
+            try:
+                yield mirror.mirror(sample)
+            except ModelError as error:
+                if error.code != "FLIP_REFUSED":
+                    raise
+                self.no_twin += 1
 
 
 def _rows(folder: Path) -> int:

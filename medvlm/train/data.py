@@ -21,6 +21,9 @@ from .augment import Augmentation
 CAPTIONS = ("caption", "report")
 """Kinds of conversation whose answer is a text about the whole image: what a contrastive objective pairs it with."""
 
+STILL = ("box", "locate")
+"""Kinds that say where something is: the picture of such a conversation is not moved."""
+
 
 @dataclass
 class Turnset:
@@ -125,6 +128,7 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
     for case, lot in zip(cases, lots):
         chosen = [case.turns[i] for i in _choose(case.turns, turns, kinds or {}, lot)]
         wanted = sorted({t for turn in chosen for t in turn.targets})
+        move = not any(turn.kind in STILL for turn in chosen)
         slots: dict[str, list[tuple[str, int]]] = {}
         moved: dict[int, Tensor] = {}
         for order, (key, seen) in enumerate(case.pictures.items()):
@@ -134,7 +138,7 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
                 targets = np.stack([case.masks[t].numpy() for t in mine]) if mine and k == 0 else np.zeros((0, *picture.shape[1:]), np.uint8)
                 array = picture.numpy().astype(np.float32) / 255
                 if strength:
-                    array, targets, corners, kept = Augmentation(picture.ndim - 1, strength)(array, targets, corners, seed)
+                    array, targets, corners, kept = Augmentation(picture.ndim - 1, strength)(array, targets, corners, seed, move)
                     marks = marks[kept]
                 moved |= zip(mine, torch.from_numpy(np.ascontiguousarray(targets)))
                 if case.objects is not None and order == k == 0:
@@ -185,7 +189,7 @@ def _masks(rows) -> dict[str, Tensor]:
         raise ModelError("masks of several encoders' inputs in one batch", "BAD_RECIPE", "mix only data sets that one encoder sees")
     return {
         "mask": torch.stack(masks), "weak": torch.tensor([case.weak[t] for case, _, t in wanted]),
-        "present": torch.tensor([float(case.present[t]) for case, _, t in wanted]), "label": torch.tensor([case.names[t] for case, _, t in wanted]),
+        "present": torch.tensor([float(case.present[t] and bool((moved[t] > 127).any())) for case, moved, t in wanted]), "label": torch.tensor([case.names[t] for case, _, t in wanted]),
     }  # fmt: skip
 
 
