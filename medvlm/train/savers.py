@@ -1,18 +1,22 @@
 """Exact memory savers: a big batch through the model chunk by chunk, and a language-model head on the answers' tokens alone.
 
-Both compute the same numbers as the plain step, in pieces, and compute them again where the gradient needs them.
+Both give the numbers of the plain step, computed in pieces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from ..errors import ModelError
 
 Embedded = tuple[tuple[Tensor, ...], dict[str, Tensor]]
 
@@ -67,10 +71,11 @@ def cached(forward: Callable[[Any], Embedded], chunks: Sequence, loss: Callable[
 
 def answer_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, chunk: int = 128, cap: float | None = None,
                 mean: bool = True) -> Tensor:  # fmt: skip
-    """Cross-entropy of the tokens that have a label, whose logits are made ``chunk`` rows at a time and again in the backward pass.
+    """Cross-entropy of the tokens that have a label; their logits exist ``chunk`` rows at a time, those of the others never.
 
-    Equal to ``F.cross_entropy(head(hidden).float(), labels, ignore_index=-100)`` with memory O(chunk x vocabulary); rows without a label cost
-    nothing. As Liger's and CCE's fused losses (arXiv:2410.10989, arXiv:2411.09009) in what it saves, not in how.
+    Equal to ``F.cross_entropy(head(hidden).float(), labels, ignore_index=-100)``, with memory O(chunk x vocabulary). A plain
+    linear layer's gradients are made together with the loss (as in Liger Kernel, Hsu et al. 2024, arXiv:2410.10989, section
+    3.2); any other head is computed again in the backward pass.
 
     Args:
         head: (n, D) -> logits (n, V), such as the language model's output layer.
@@ -81,14 +86,73 @@ def answer_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor
     """
     told = labels >= 0
     hidden, labels = hidden[told], labels[told]
-
-    def part(hidden: Tensor, labels: Tensor) -> Tensor:
-        logits = head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), labels, reduction="sum")
-
-    total = sum(checkpoint(part, *some, use_reentrant=False) for some in zip(hidden.split(chunk), labels.split(chunk)))
+    if torch.is_grad_enabled() and type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks:
+        total = _LinearAnswers.apply(hidden, head.weight, head.bias, labels, chunk, cap)
+    else:
+        part = partial(_entropy, head, cap)
+        total = sum(checkpoint(part, *some, use_reentrant=False) for some in zip(hidden.split(chunk), labels.split(chunk)))
     return total / max(1, len(labels)) if mean else total
+
+
+def _entropy(head: Callable[[Tensor], Tensor], cap: float | None, hidden: Tensor, labels: Tensor) -> Tensor:
+    logits = head(hidden)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), labels, reduction="sum")
+
+
+class _LinearAnswers(torch.autograd.Function):
+    """Summed cross-entropy and its gradients in one pass, chunk after chunk in the same memory."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int, cap: float | None) -> Tensor:
+        device = hidden.device.type
+        work = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        exact = torch.promote_types(work, torch.float32)
+        wanted = [x if need else None for x, need in zip((hidden, weight, bias), ctx.needs_input_grad)]
+        gradients = [None if x is None else torch.zeros_like(x, dtype=exact) for x in wanted]
+        to_hidden, to_weight, to_bias = gradients
+        with torch.autocast(device, enabled=False):
+            table, offset = weight.to(work), None if bias is None else bias.to(work)
+            total = torch.zeros((), dtype=exact, device=hidden.device)
+            room = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=exact)
+            for start in range(0, len(hidden), chunk):
+                states, right = hidden[start : start + chunk].to(work), labels[start : start + chunk, None]
+                logits = room[: len(states)]
+                if work == exact:
+                    torch.mm(states, table.T, out=logits)
+                    if offset is not None:
+                        logits += offset
+                else:
+                    logits.copy_(F.linear(states, table, offset))
+                slope = None
+                if cap is not None:
+                    logits.div_(cap).tanh_()
+                    slope = 1 - logits.square()
+                    logits.mul_(cap)
+                of_right, most = logits.gather(1, right), logits.amax(1, keepdim=True)
+                share = logits.sub_(most).exp_().sum(1, keepdim=True)
+                total += (share.log() + most - of_right).sum()
+                logits.div_(share)
+                logits.scatter_add_(1, right, logits.new_full((len(states), 1), -1.0))
+                if slope is not None:
+                    logits *= slope
+                if to_bias is not None:
+                    to_bias += logits.sum(0)
+                back = logits.to(work)
+                if to_hidden is not None:
+                    to_hidden[start : start + chunk] = back @ table
+                if to_weight is not None:
+                    to_weight.addmm_(back.T, states) if work == exact else to_weight.add_(back.T @ states)
+        ctx.gradients = [g if g is None else g.to(x.dtype) for g, x in zip(gradients, wanted)]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise ModelError("the answers' loss was already used backwards", "BAD_ARGUMENT", "call backward once on it")
+        return *(g if g is None else g.mul_(by.to(g.dtype)) for g in gradients), None, None, None
 
 
 def _random_state() -> tuple[Tensor, Tensor | None]:
