@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
-from torchvision import tv_tensors
 
 from medvlm.datasets import manifest
 from medvlm.evaluate.segment import dice
 from medvlm.preprocess import InputSpec, to_tensor
-from medvlm.train.data import augmentation
+from medvlm.train.augment import Augmentation
 
 SPEC = InputSpec((256, 256))
 LUNGS = ("right_lung", "left_lung")
@@ -48,16 +47,16 @@ def main():
     model = UNet(2, 1, 2, channels=(32, 64, 128, 256, 512), strides=(2, 2, 2, 2), num_res_units=2, dropout=0.1)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-4)
     loss_of = DiceCELoss(sigmoid=True)
-    geometry, grey = augmentation(1.0)
+    augment, no_boxes = Augmentation(2), np.zeros((0, 2, 2))
     began, step = time.monotonic(), 0
     model.train()
     while (spent := time.monotonic() - began) < args.minutes * 60:
         pictures, targets = [], []
         for i in rng.integers(len(train), size=8):
             picture, target, *_ = train[i]
-            picture, target = geometry(tv_tensors.Image(picture), tv_tensors.Mask(target))
-            pictures.append(grey(torch.Tensor(picture)).clamp(0, 1) ** float(np.exp(rng.normal(0, 0.25))))
-            targets.append(torch.Tensor(target))
+            moved = augment(picture.numpy(), (target.numpy() * 255).round().astype(np.uint8), no_boxes, int(rng.integers(2**31)))
+            pictures.append(torch.from_numpy(np.ascontiguousarray(moved.picture)))
+            targets.append(torch.from_numpy(np.ascontiguousarray(moved.masks)).float() / 255)
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * max(0.01, 1 - spent / (args.minutes * 60)) ** 0.9
         with torch.autocast("cpu", torch.bfloat16):
