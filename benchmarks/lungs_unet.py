@@ -54,7 +54,7 @@ def main():
         pictures, targets = [], []
         for i in rng.integers(len(train), size=8):
             picture, target, *_ = train[i]
-            moved = augment(picture.numpy(), (target.numpy() * 255).round().astype(np.uint8), no_boxes, int(rng.integers(2**31)))
+            moved = augment(picture.clamp(0, 1).numpy(), (target.numpy() * 255).round().astype(np.uint8), no_boxes, int(rng.integers(2**31)))
             pictures.append(torch.from_numpy(np.ascontiguousarray(moved.picture)))
             targets.append(torch.from_numpy(np.ascontiguousarray(moved.masks)).float() / 255)
         for group in optimizer.param_groups:
