@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from .errors import ModelError
@@ -21,7 +22,7 @@ def names(folder: str, attribute: str = "build") -> dict[str, str]:
         }
         if attribute in defined:
             found[path.stem] = (ast.get_docstring(tree) or "").split("\n")[0]
-    found |= {e.name: f"from {e.dist.name}" for e in entry_points(group=f"medvlm.{folder}")}
+    found |= {e.name: f"from {e.dist.name}" for e in _installed(folder)}
     return found
 
 
@@ -38,6 +39,12 @@ def every(folder: str, attribute: str) -> dict:
     return {name: getattr(_module(folder, name), attribute) for name in names(folder, attribute)}
 
 
+@functools.cache
+def _installed(folder: str) -> tuple[EntryPoint, ...]:
+    """Reading what is installed takes 10 ms, and a process asks for every part."""
+    return tuple(entry_points(group=f"medvlm.{folder}"))
+
+
 def carries(**functions):
     """A decorator: the function has these beside it, as attributes; what a training loop heeds of an objective, say."""
 
@@ -49,7 +56,7 @@ def carries(**functions):
 
 
 def _module(folder: str, name: str):
-    for entry in entry_points(group=f"medvlm.{folder}"):
+    for entry in _installed(folder):
         if entry.name == name:
             return entry.load()
     return importlib.import_module(f".{folder}.{name}", __package__)

@@ -18,15 +18,16 @@ import numpy as np
 
 from ..imaging.scan import Image, Volume
 from ..sample import SEG, Mask, Region, Sample, Turn, box_of
-from . import facts, sentences
+from . import captions, facts, sentences
 from .facts import ANNOTATED, MODALITY_NAMES, Case, side_of
 from .sentences import word
 
 __all__ = ["ANNOTATED", "KINDS", "MODALITY_WORDS", "conversations", "describe", "known", "restructured", "side_of", "word"]
 
 KINDS = ("segment", "asked", "finding", "describe", "modality", "view", "locate", "box", "count", "organ", "plane", "abnormal",
-         "report", "caption", "text")  # fmt: skip
-"""``meta["kind"]``; "box" is "locate" as coordinates, "text" a question without an image."""
+         "report", "caption", "facts", "text")  # fmt: skip
+"""``meta["kind"]``; "box" is "locate" as coordinates, "caption" as the data set wrote it, "facts" a caption made of what it
+knows, "text" a question without an image."""
 MODALITY_WORDS = {**MODALITY_NAMES, "xray": "a chest X-ray", "ct": "a CT slice", "mr": "an MR slice"}
 ASK = {
     "segment": ("Segment the {name}.", "Outline the {name}.", "Mark the {name} in this {picture}.", "Please draw the outline of the {name}."),
@@ -280,7 +281,12 @@ def _texts(told: _Told) -> Iterator[_Talk]:
     yield from (_Talk(kind, _ask(told, kind), text) for text, kind in texts.items())
 
 
-_EVERY = (_segment, _asked, _finding, _modality, _view, _locate, _box, _count, _organ, _plane, _abnormal, _texts)
+def _facts(told: _Told) -> Iterator[_Talk]:
+    if "facts" in told.kinds and (about := captions.told(told.case, told.picture, told.found, facts.abnormal(told.case, told.stated) is False)):
+        yield from (_Talk("facts", _ask(told, "caption"), text) for text in captions.captions(about, told.lot))
+
+
+_EVERY = (_segment, _asked, _finding, _modality, _view, _locate, _box, _count, _organ, _plane, _abnormal, _texts, _facts)
 
 
 def _ask(told: _Told, kind: str, name: str = "", place: str = "") -> list[str]:

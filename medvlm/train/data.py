@@ -18,7 +18,7 @@ from ..sample import SEG, Sample
 from ..vlm import MedVLM
 from .augment import Augmentation
 
-CAPTIONS = ("caption", "report")
+CAPTIONS = ("caption", "report", "facts")
 """Kinds of conversation whose answer is a text about the whole image: what a contrastive objective pairs it with."""
 
 STILL = ("box", "locate")

@@ -86,12 +86,17 @@ def answer_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor
     """
     told = labels >= 0
     hidden, labels = hidden[told], labels[told]
-    if torch.is_grad_enabled() and type(head) is nn.Linear and not head._forward_hooks and not head._forward_pre_hooks:
+    if torch.is_grad_enabled() and _is_plain(head):
         total = _LinearAnswers.apply(hidden, head.weight, head.bias, labels, chunk, cap)
     else:
         part = partial(_entropy, head, cap)
         total = sum(checkpoint(part, *some, use_reentrant=False) for some in zip(hidden.split(chunk), labels.split(chunk)))
     return total / max(1, len(labels)) if mean else total
+
+
+def _is_plain(head: Callable[[Tensor], Tensor]) -> bool:
+    """A linear layer whose weight may be read past its forward: no hooks, not sharded."""
+    return type(head) is nn.Linear and type(head.weight) is nn.Parameter and not head._forward_hooks and not head._forward_pre_hooks
 
 
 def _entropy(head: Callable[[Tensor], Tensor], cap: float | None, hidden: Tensor, labels: Tensor) -> Tensor:
