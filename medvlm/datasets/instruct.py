@@ -22,12 +22,13 @@ from . import captions, facts, sentences
 from .facts import ANNOTATED, MODALITY_NAMES, Case, side_of
 from .sentences import word
 
-__all__ = ["ANNOTATED", "KINDS", "MODALITY_WORDS", "conversations", "describe", "known", "restructured", "side_of", "word"]
+__all__ = ["ANNOTATED", "KINDS", "MODALITY_WORDS", "conversations", "dealt", "describe", "dialogues", "known", "restructured", "side_of", "word"]
 
 KINDS = ("segment", "asked", "finding", "describe", "modality", "view", "locate", "box", "count", "organ", "plane", "abnormal",
-         "report", "caption", "facts", "text")  # fmt: skip
-"""``meta["kind"]``; "box" is "locate" as coordinates, "caption" as the data set wrote it, "facts" a caption made of what it
-knows, "text" a question without an image."""
+         "report", "caption", "text")  # fmt: skip
+"""``meta["kind"]``; "box" is "locate" as coordinates, "text" a question without an image. "facts", captions made of what a set
+knows, and "grounded", one sentence that names and outlines all there is an outline of, come only where they are asked for: they
+say again what all others say."""
 MODALITY_WORDS = {**MODALITY_NAMES, "xray": "a chest X-ray", "ct": "a CT slice", "mr": "an MR slice"}
 ASK = {
     "segment": ("Segment the {name}.", "Outline the {name}.", "Mark the {name} in this {picture}.", "Please draw the outline of the {name}."),
@@ -47,6 +48,7 @@ ASK = {
     "is plane": ("Is this {a}{name} slice?", "Is the slice {name}?", "Does this show {a}{name} plane?"),
     "abnormal": ("Does this image show any abnormality?", "Is there anything abnormal in this {picture}?", "Is any disease visible here?"),
     "report": ("Write the report of this {picture}.", "What are the findings?", "Report this {picture}."),
+    "grounded": ("What does this {picture} show? Outline it.", "Describe this {picture} and outline what you name.", "Name and outline what is seen here."),
     "caption": ("Describe this image.", "What does this {picture} show?", "Write a caption for this image."),
     "none": ("There {be} no {name}.",),
 }
@@ -135,13 +137,13 @@ def conversations(group: Iterable[Sample], targets: Sequence[str] | None = None,
         targets: structures a model learns to outline, those known to be absent with an empty mask; None: what is outlined here.
         findings: those a model learns to name; None: all that the data tell.
         modalities: those asked after by yes or no; None: the image's own and another.
-        kinds: of ``KINDS``. annotated: names (in words) that this data set outlines or boxes wherever they are: where they
+        kinds: of ``KINDS``, and "facts" and "grounded". annotated: names (in words) that this data set outlines or boxes wherever they are: where they
             are not, though others are, they are absent. absent: names that are surely in none of these images.
         variety: share of the questions that are not asked in the plainest way, drawn by the conversation's id.
         style: how a box is written, see :func:`medvlm.datasets.sentences.box_text`. label: reads a report, see ``facts.stated``.
 
     Each Sample has one question and one answer, but for those that the data set asks, which keep their turns. An answer with
-    ``<|seg|>`` has one Mask (exact) or Region (a box); one of coordinates has its Regions, in their order, and ``meta["style"]``, so
+    ``<|seg|>`` has one Mask (exact) or Region (a box) for each, in reading order; one of coordinates has its Regions, in their order, and ``meta["style"]``, so
     that who moves the picture can write it anew (``sentences.boxes_text``). ``labels`` hold the findings, and
     "modality:xray" and "view:PA" where they are known. Whether a text may be learnt is the recipe's to decide.
     """
@@ -163,6 +165,36 @@ def conversations(group: Iterable[Sample], targets: Sequence[str] | None = None,
         question = _pick(talk.ask, _lot(ident), variety)
         more = {"turns": (Turn("user", question), Turn("assistant", talk.answer)), **talk.more}
         yield replace(base, id=ident, meta={**base.meta, "kind": talk.kind, **talk.meta}, **more)
+
+
+def dialogues(singles: Iterable[Sample], turns: int = 3) -> Iterator[Sample]:
+    """Conversations about the same images joined into dialogues of up to ``turns`` questions, as :func:`dealt` puts them together.
+
+    Outlines and boxes stand in the order of the ``<|seg|>`` that ask for them. ``meta["kind"]`` is "dialogue", ``meta["kinds"]``
+    those of its parts. Left out: coordinates (``meta["style"]``), which are written anew when the picture moves, and what the
+    user does not begin.
+    """
+    held = [s for s in singles if s.turns and s.turns[0].role == "user" and "style" not in s.meta]
+    for number, parts in enumerate(dealt(held, turns)):
+        parts = sorted(parts, key=lambda s: bool(s.regions))  # a sample lists its outlines before its boxes
+        joined = {field: tuple(x for s in parts for x in getattr(s, field)) for field in ("turns", "masks", "regions")}
+        meta = {k: v for k, v in parts[0].meta.items() if k != "qid"} | {"kind": "dialogue", "kinds": [s.meta.get("kind") for s in parts]}
+        yield replace(parts[0], id=f"{parts[0].meta.get('row', parts[0].id)}#d{number}", group=None, choices=None, meta=meta, **joined)
+
+
+def dealt(singles: Sequence[Sample], turns: int) -> list[list[Sample]]:
+    """The conversations about the same images, each once, in lots of up to ``turns``, in an order that hangs on their ids alone.
+
+    What is scored together (``group``: a probe and its twin) is never in one lot, where one would tell the other's answer.
+    """
+    lots: list[list[Sample]] = []
+    for s in sorted(singles, key=lambda s: hashlib.sha256(s.id.encode()).digest()):
+        free = (lot for lot in lots if len(lot) < turns and (s.group is None or s.group not in {o.group for o in lot}))
+        if (lot := next(free, None)) is None:
+            lots.append([s])
+        else:
+            lot.append(s)
+    return lots
 
 
 def _segment(told: _Told) -> Iterator[_Talk]:
@@ -283,10 +315,20 @@ def _texts(told: _Told) -> Iterator[_Talk]:
 
 def _facts(told: _Told) -> Iterator[_Talk]:
     if "facts" in told.kinds and (about := captions.told(told.case, told.picture, told.found, facts.abnormal(told.case, told.stated) is False)):
-        yield from (_Talk("facts", _ask(told, "caption"), text) for text in captions.captions(about, told.lot))
+        yield from (_Talk("facts", _ask(told, "caption"), text) for text in captions.captions(about, _lot(f"{told.case.name} facts")))
 
 
-_EVERY = (_segment, _asked, _finding, _modality, _view, _locate, _box, _count, _organ, _plane, _abnormal, _texts, _facts)
+def _grounded(told: _Told) -> Iterator[_Talk]:
+    case = told.case
+    shown = [n for n in (told.targets if told.targets is not None else case.outlines) if case.outlines.get(n, np.zeros(0)).any()]
+    if "grounded" in told.kinds and shown:
+        *others, last = (f"the {n} {SEG}" for n in shown)
+        text = f"{', '.join(others)} and {last}" if others else last
+        picture = (told.picture or "an image").partition(" ")[2]
+        yield _Talk("grounded", _ask(told, "grounded"), f"The {picture} shows {text}.", {"masks": tuple(Mask(case.image.id, n, case.outlines[n]) for n in shown)})
+
+
+_EVERY = (_segment, _grounded, _asked, _finding, _modality, _view, _locate, _box, _count, _organ, _plane, _abnormal, _texts, _facts)
 
 
 def _ask(told: _Told, kind: str, name: str = "", place: str = "") -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 import timm
 
 from ..datasets import instruct
+from ..datasets.slices import sliced
 from ..imaging.scan import Image, Volume
 from ..language import IMAGE, SEG, train_tokenizer
 from ..sample import Sample, Turn
@@ -80,24 +81,13 @@ def samples(group: list[Sample], name: str, split: str) -> Iterator[Sample]:
         for s in instruct.conversations(group, TARGETS, FINDINGS, ("xray",), kinds=KINDS, annotated=instruct.ANNOTATED, variety=0):
             yield replace(s, turns=(s.turns[0], Turn("assistant", s.answer.strip().lower()))) if s.meta["kind"] == "asked" else s
     elif image.modality in MODALITIES:  # of other pictures only the kind is learnt, and that no target is there
-        for bare in _slices(group[0]) if isinstance(image, Volume) else [_bare(group[0], image)]:
+        for bare, *_ in sliced([_bare(group[0], image)], SLICES_A_VOLUME):
             yield from instruct.conversations([bare], TARGETS, (), ("xray",), kinds=("segment", "modality"), absent=TARGETS, variety=0)
 
 
-def _bare(sample: Sample, image: Image, at: str = "") -> Sample:
-    """A picture about which nothing is said."""
-    row = f"{sample.meta['row']}{at}"
-    return Sample(row, sample.patient, {image.id: image}, meta={"row": row, "split": sample.meta.get("split")})
-
-
-def _slices(sample: Sample) -> Iterator[Sample]:
-    """Axial slices of a volume as pictures, so that the model knows what it has not learnt to read."""
-    volume = next(iter(sample.images.values())).reorient("SPL")
-    count = volume.shape[1]
-    for k in range(SLICES_A_VOLUME):
-        at = int((k + 0.5) / SLICES_A_VOLUME * count)
-        image = Image(f"{volume.modality}-1", volume.voxels[:, at], volume.spacing[1:], volume.modality, volume.unit, {})
-        yield _bare(sample, image, f"@{at}")
+def _bare(sample: Sample, image: Image | Volume) -> Sample:
+    """A picture about which nothing is said, or a volume, of whose slices the model learns that it has not learnt to read them."""
+    return Sample(str(sample.meta["row"]), sample.patient, {image.id: image}, meta={"row": sample.meta["row"], "split": sample.meta.get("split")})
 
 
 def tokenizer(texts, args):

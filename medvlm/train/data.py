@@ -21,17 +21,21 @@ from .augment import Augmentation
 CAPTIONS = ("caption", "report", "facts")
 """Kinds of conversation whose answer is a text about the whole image: what a contrastive objective pairs it with."""
 
-STILL = ("box", "locate")
+STILL = frozenset(("box", "locate"))
 """Kinds that say where something is: the picture of such a conversation is not moved."""
 
 
 @dataclass
 class Turnset:
-    """One conversation about a case's images: its tokens, and the case's masks that its answer asks for, in reading order."""
+    """One conversation about a case's images: its tokens, and the case's masks that its answers ask for, in reading order.
+
+    still: it says where something is, so that its picture is not moved.
+    """
 
     encoded: Encoded
     kind: str
     targets: list[int] = field(default_factory=list)
+    still: bool = False
 
 
 @dataclass
@@ -83,8 +87,9 @@ def _case(model: MedVLM, tokenizer, row: str, members: Sequence[Sample]) -> Case
     names = classify.labels if classify is not None else model.config.about.get("labels", ())
     case = Case(pictures, known(members[0].labels, names), row)
     for sample in members:
-        turn = Turnset(None, sample.meta.get("kind", "asked" if pictures else "text"))
-        for area in (*sample.masks, *sample.regions) if SEG in (sample.answer or "") else ():
+        turn = Turnset(None, kind := sample.meta.get("kind", "asked" if pictures else "text"), still=not STILL.isdisjoint((kind, *sample.meta.get("kinds", ()))))
+        marks = sum(t.text.count(SEG) for t in sample.turns if t.role == "assistant")
+        for area in (*sample.masks, *sample.regions) if marks else ():
             box_only = getattr(area, "box", None)
             array = _raster(box_only, sample.images[area.image].shape[1:]) if box_only is not None else area.array
             turn.targets.append(len(case.masks))
@@ -97,8 +102,8 @@ def _case(model: MedVLM, tokenizer, row: str, members: Sequence[Sample]) -> Case
             case.captions.append(caption(tokenizer, sample.answer, getattr(model.encoders["text"], "limit", None) if "text" in model.encoders else None))
         if model.lm is not None:
             turn.encoded = encode(tokenizer, sample, counts)
-            if turn.targets and len(turn.targets) != sample.answer.count(SEG):
-                raise ModelError(f"sample {sample.id} asks for {sample.answer.count(SEG)} masks and has {len(turn.targets)}", "BAD_DATASET")
+            if len(turn.targets) != marks:
+                raise ModelError(f"sample {sample.id} asks for {marks} masks and has {len(turn.targets)}", "BAD_DATASET")
             case.turns.append(turn)
     if box is not None and members[0].meta.get("boxed"):
         kept = [r for r in members[0].regions if r.label in box.labels and r.box is not None]
@@ -128,7 +133,7 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
     for case, lot in zip(cases, lots):
         chosen = [case.turns[i] for i in _choose(case.turns, turns, kinds or {}, lot)]
         wanted = sorted({t for turn in chosen for t in turn.targets})
-        move = not any(turn.kind in STILL for turn in chosen)
+        move = not any(turn.still for turn in chosen)
         slots: dict[str, list[tuple[str, int]]] = {}
         moved: dict[int, Tensor] = {}
         for order, (key, seen) in enumerate(case.pictures.items()):

@@ -64,7 +64,7 @@ def mask(model: MedVLM, batch: Batch, out: Output, tversky: tuple[float, float] 
     if batch.seg is None or not len(batch.seg):
         return {}
     head = model.heads["mask"]
-    features = _seen(out)
+    features = _seen(model, batch, out)
     embedding = head.embed(features)
     index = torch.tensor([k for _, k in batch.seg_image], device=batch.ids.device)
     target, weak, present, label = (batch.targets[k] for k in ("mask", "weak", "present", "label"))
@@ -154,7 +154,7 @@ def classify(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     if not out.features:
         return {}
     head = model.heads["classify"]
-    features = _seen(out)
+    features = _seen(model, batch, out)
     logits, target = head(features).float(), batch.targets["labels"]
     grouped = torch.zeros(len(head.labels), dtype=torch.bool, device=logits.device)
     losses: dict[str, Tensor] = {}
@@ -177,9 +177,9 @@ def vectors(model: MedVLM, batch: Batch, out: Output) -> tuple[Tensor, Tensor]:
     encoder named "text".
     """
     if not out.features or "text" not in batch.targets:
-        raise ModelError("a contrastive objective met a batch without captions", "BAD_RECIPE", "its data sets need conversations of kind caption or report")
+        raise ModelError("a contrastive objective met a batch without captions", "BAD_RECIPE", "its data sets need conversations of kind caption, report or facts")
     head, caption = model.heads["contrast"], batch.targets["text"]
-    pooled = head.image(_seen(out))[caption["image"]]
+    pooled = head.image(_seen(model, batch, out))[caption["image"]]
     return pooled.float(), head.text(model.encoders["text"](caption["ids"], caption["attention"])).float()
 
 
@@ -231,7 +231,7 @@ def box(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     head, losses = model.heads["box"], {}
     if not out.features:
         return {}
-    features = _seen(out)
+    features = _seen(model, batch, out)
     if head.dense is not None and "boxes" in batch.targets and batch.targets["boxes"]["told"].any():
         losses |= _objects(head, head(features), batch.targets["boxes"])
     if head.asked is not None and batch.seg is not None and len(batch.seg):
@@ -328,8 +328,11 @@ def _with(objective, name: str, options: Mapping[str, Any]):
     return made
 
 
-def _seen(out: Output) -> Features:
-    """The features of the batch's pictures."""
+def _seen(model: MedVLM, batch: Batch, out: Output) -> Features:
+    """The features of the batch's pictures; where several encoders see each of them, those of the first, which heads read."""
+    first = next(iter(model.encoders))
+    if len(out.features) > 1 and first in out.features and len(out.features[first].tokens) == len(batch.targets["labels"]):
+        return out.features[first]
     if len(out.features) > 1:
         raise ModelError(f"an objective takes pictures of one encoder a batch, not of {', '.join(out.features)}", "BAD_RECIPE",
                          "mix only data sets that one encoder sees")  # fmt: skip
