@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,10 @@ class MedVLMConfig(PretrainedConfig):
         self.parts, self.about = parts or {}, about or {}
         self.image_token_id, self.seg_token_id = image_token_id, seg_token_id
         super().__init__(**kwargs)
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """As transformers writes it, but parts and routes in their order: the first encoder is the one that plain heads read."""
+        return json.dumps({**json.loads(super().to_json_string(use_diff)), "parts": self.parts, "about": self.about}, indent=2) + "\n"
 
 
 @dataclass

@@ -29,6 +29,7 @@ PROMPTS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "chexzero": (("{}",), ("no {}",)),
     "ct-clip": (("{}.",), ("not {}.",)),
+    "cardiac-clip": (("There is {}.",), ("There is no {}.",)),
     "biovil": (
         ("Findings consistent with {}", "Findings suggesting {}", "This opacity can represent {}", "Findings are most compatible with {}"),
         ("There is no {}", "No evidence of {}", "No evidence of acute {}", "No signs of {}"),
@@ -39,7 +40,8 @@ embedding. Without prompts of absence classes compete (softmax over them); with 
 
 Source: BiomedCLIP's model card (arXiv:2303.00915) · LAION-AI/CLIP_benchmark, templates of PatchCamelyon · Quilt-1M
 (arXiv:2306.11207) · CONCH (Lu et al. 2024, Nature Medicine 30:863, its prompts folder) · CheXzero (Tiu et al. 2022,
-doi:10.1038/s41551-022-00936-9, zero_shot.py) · CT-CLIP (arXiv:2403.17834, scripts/zero_shot.py) · BioViL (arXiv:2204.09817,
+doi:10.1038/s41551-022-00936-9, zero_shot.py) · CT-CLIP (arXiv:2403.17834, scripts/zero_shot.py) · Cardiac-CLIP
+(arXiv:2507.22024, inference.py) · BioViL (arXiv:2204.09817,
 its RSNA pneumonia test, written for pneumonia).
 """
 THRESHOLD = 0.5

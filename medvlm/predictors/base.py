@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from os.path import isfile
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MedVLMError, ModelError
+from ..evaluate.zeroshot import PROMPTS, prompts_of
 from ..imaging.scan import Image, Study, Volume
 from ..sample import Answer, Mask, Prediction, Region, Report, Sample, Segmentation
 
@@ -115,7 +116,7 @@ class Model:
             regions = tuple(self.ground(study, sample.question))
             return Prediction(sample.id, "", max((r.probability or 0.0 for r in regions), default=0.0), regions=regions)
         if verb == "classify":
-            chances = self._judged(study, list(sample.choices or ()))
+            chances = self._judged(study, list(sample.choices or ()), sample.meta.get("prompts"))
             best = max(chances, key=lambda k: chances[k], default="")
             return Prediction(sample.id, best, chances.get(best), chances)
         if verb == "embed":
@@ -123,8 +124,11 @@ class Model:
             return Prediction(sample.id, vectors=seen | ({"text": self.embed(sample.answer)} if sample.answer else {}))
         raise ModelError(f"sample {sample.id} asks to {verb!r}; a model can {', '.join(VERBS)}", "BAD_ARGUMENT")
 
-    def _judged(self, study: Study, labels: list[str]) -> dict[str, float]:
-        """:meth:`classify`, without the labels that the model has not learned: they are scored as wrong, the others are not lost."""
+    def _judged(self, study: Study, labels: list[str], prompts: str | None) -> dict[str, float]:
+        """:meth:`classify`, without the labels that the model has not learned: they are scored as wrong, the others are not lost.
+
+        prompts: those a sample names, for models that tell labels from their names (:func:`by_prompts`).
+        """
         try:
             return self.classify(study, labels)
         except ModelError as error:
@@ -167,6 +171,36 @@ def pick(study: Study | str | Path | Sequence, image: str | None = None, reads: 
         if len(fitting) == 1:
             return fitting[0]
     return study.image(image)
+
+
+def by_prompts(labels: Sequence[str], modality: str, prompts: str | None, sigmoid: bool, logits: Callable) -> dict[str, float]:
+    """{label: probability} of a contrastive model, which knows labels by their names alone; not calibrated.
+
+    Labels compete (softmax, they add up to 1); a model trained with ``sigmoid`` judges each alone. With prompts of absence, as
+    for one label given alone to a softmax model, each label competes with its absence.
+
+    Args:
+        prompts: a name in ``PROMPTS``; None for what :func:`prompts_of` says of the modality.
+        logits: (templates) -> (len(labels),) scaled similarity of the picture to each label in these words, a torch tensor.
+
+    Raises:
+        ModelError: BAD_ARGUMENT for no label, unknown prompts, and one label alone that has nothing to compete with.
+    """
+    if not labels:
+        raise ModelError("no label was given", "BAD_ARGUMENT", 'give one or more, e.g. "pneumonia"')
+    if prompts is not None and prompts not in PROMPTS:
+        raise ModelError(f"there are no prompts {str(prompts)[:60]!r}", "BAD_ARGUMENT", f"use {', '.join(PROMPTS)}")
+    alone = not sigmoid and len(labels) == 1
+    present, absent = PROMPTS[prompts or prompts_of(modality, alone)]
+    if alone and not absent:
+        raise ModelError(f"the prompts {prompts!r} let labels compete, and there is one label only", "BAD_ARGUMENT",
+                         f"give more labels, or use {', '.join(n for n, (_, no) in PROMPTS.items() if no)}")  # fmt: skip
+    found = logits(present)
+    if absent:
+        found = (found - logits(absent)).sigmoid()
+    else:
+        found = found.sigmoid() if sigmoid else found.softmax(0)
+    return dict(zip(labels, found.tolist()))
 
 
 def check_question(question: str) -> str:

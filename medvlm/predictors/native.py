@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..datasets import sentences
 from ..datasets.instruct import MODALITY_WORDS, side_of, word
@@ -32,7 +33,7 @@ from ..sample import (
     box_of,
 )
 from ..vlm import MedVLM
-from .base import Model, check_question, clicks, corners, digest, pick, place, pretrained, verb_of, words_of
+from .base import Model, by_prompts, check_question, clicks, corners, digest, pick, place, pretrained, verb_of, words_of
 from .prefix import Tree
 
 PRESENT = 0.5
@@ -43,7 +44,7 @@ RECOGNISED = 0.5
 FOREIGN = 0.05
 """A picture whose header names the right modality is still refused below this chance."""
 REMEMBERED = 4
-"""Images whose features are kept."""
+"""Images whose features are kept, and sets of labels whose prompts are."""
 ALIASES = {"heart": "heart and mediastinum", "mediastinum": "heart and mediastinum", "trachea": "airways",
            "ggo": "ground-glass opacity", "ground glass opacity": "ground-glass opacity", "effusion": "pleural effusion",
            "covid": "COVID-19 pneumonia", "covid-19": "COVID-19 pneumonia", "et tube": "endotracheal tube"}  # fmt: skip
@@ -94,6 +95,7 @@ class NativeModel(Model):
         self.targets, self.findings = tuple(about.get("targets", ())), tuple(about.get("findings", ()))
         self._limit = 0 if vlm.lm is None else vlm.lm.config.max_position_embeddings - 64  # the rest is for the answer
         self._seen: dict[int, tuple] = {}
+        self._names: dict[tuple, torch.Tensor] = {}
         self._trunk: tuple | None = None
 
     def ask(self, study, question: str, image: str | None = None) -> Answer:
@@ -186,9 +188,13 @@ class NativeModel(Model):
         return [Region(found.image.id, found.label, box_of(part), part, found.present) for part in _parts(found.mask)]
 
     @torch.no_grad()
-    def classify(self, study, labels, image=None) -> dict[str, float]:
+    def classify(self, study, labels, image=None, prompts: str | None = None) -> dict[str, float]:
+        """As :meth:`Model.classify`; a model without a classifier but with a contrastive head knows labels by their names (:func:`by_prompts`)."""
         labels = [labels] if isinstance(labels, str) else labels
         picture = self._readable(study, image)
+        if self._by_name(picture):
+            sigmoid = self._contrast(picture).logit_bias is not None
+            return by_prompts(labels, picture.modality, prompts, sigmoid, lambda templates: self._near(picture, labels, templates))
         chances = self._chances(picture)
         known = {name.lower(): name for name in chances}
         wanted = {label: known.get(ALIASES.get(_words(label), _words(label)).lower()) for label in labels}
@@ -204,15 +210,41 @@ class NativeModel(Model):
         if self.vlm.head("contrast", first) is None:
             raise ModelError(f"{self.name} cannot embed: it has no contrastive head", "UNSUPPORTED_VERB")
         if (text := words_of(study_or_text)) is not None:
-            tower = self.vlm.encoders["text"]
-            ids = torch.tensor([caption(self.tokenizer, text, tower.limit)], device=self.vlm.device)
-            return self.vlm.head("contrast", first).text(tower(ids))[0].float().cpu().numpy()
+            return self._said(text, self.vlm.head("contrast", first)).float().cpu().numpy()
         picture = self._readable(study_or_text, image)
-        name, features, *_ = self._look(picture)
-        head = self.vlm.head("contrast", name)
+        head = self._contrast(picture)
         if head is None:
             raise ModelError(f"{self.name} embeds what its encoder {first!r} sees, not {picture.modality} images", "OUT_OF_SCOPE")
+        name, features, *_ = self._look(picture)
         return head.image(features[name])[0].float().cpu().numpy()
+
+    def _contrast(self, picture: Image | Volume):
+        return self.vlm.head("contrast", self.vlm.route(picture.modality)[0])
+
+    def _by_name(self, picture: Image | Volume) -> bool:
+        """Whether labels of this image are told from their names alone."""
+        return self.vlm.head("classify", self.vlm.route(picture.modality)[0]) is None and self._contrast(picture) is not None
+
+    def _judged(self, study, labels, prompts):
+        named = self._by_name(self._readable(study, None))
+        return self.classify(study, labels, prompts=prompts) if named else super()._judged(study, labels, prompts)
+
+    def _said(self, text: str, head) -> torch.Tensor:
+        """(embed_dim,) unit vector of a text."""
+        tower = self.vlm.encoders["text"]
+        ids = torch.tensor([caption(self.tokenizer, text, tower.limit)], device=self.vlm.device)
+        return head.text(tower(ids))[0]
+
+    def _near(self, picture: Image | Volume, labels: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
+        """(len(labels),) scaled cosines of an image to each label's mean prompt."""
+        head, (name, features, *_) = self._contrast(picture), self._look(picture)
+        key = id(head), tuple(labels), tuple(templates)
+        if key not in self._names:
+            means = torch.stack([torch.stack([self._said(t.format(label), head) for t in templates]).mean(0) for label in labels])
+            while len(self._names) >= REMEMBERED:
+                self._names.pop(next(iter(self._names)))
+            self._names[key] = F.normalize(means, dim=-1)
+        return head.logits(head.image(features[name]), self._names[key])[0].float().cpu()
 
     def scope(self, image: Image | Volume) -> str | None:
         try:

@@ -16,7 +16,7 @@ from ..evaluate.zeroshot import PROMPTS, prompts_of
 from ..imaging import window
 from ..imaging.scan import Image, Study, Volume
 from ..sample import Prediction, Sample
-from .base import Model, digest, pick, place, words_of
+from .base import Model, by_prompts, digest, pick, place, words_of
 
 TOKENIZER_ARGUMENTS = {"clean", "strip_sep_token", "language", "reduction_mask", "additional_special_tokens"}
 """What a folder may ask of its tokenizer; open_clip hands the rest to transformers, "trust_remote_code" among it."""
@@ -74,10 +74,7 @@ class OpenClipModel(Model):
         self._classes: dict[tuple, Tensor] = {}
 
     def classify(self, study, labels, image=None, prompts: str | None = None) -> dict[str, float]:
-        """{label: probability}; not calibrated.
-
-        Labels of a CLIP model compete (softmax, they add up to 1); a SigLIP model judges each alone (sigmoid). With prompts of
-        absence, as for one label given alone to a CLIP model, each label competes with its absence.
+        """{label: probability} as :func:`by_prompts` gives them.
 
         prompts: a name in ``PROMPTS``; None for what :func:`prompts_of` says of the picture's modality.
 
@@ -86,31 +83,11 @@ class OpenClipModel(Model):
                 unknown prompts, and for one label alone that has nothing to compete with.
         """
         labels = [labels] if isinstance(labels, str) else list(labels)
-        if not labels:
-            raise ModelError("no label was given", "BAD_ARGUMENT", 'give one or more, e.g. "pneumonia"')
         picture = self._picture(study, image)
-        alone = self.bias is None and len(labels) == 1
-        if prompts is not None and prompts not in PROMPTS:
-            raise ModelError(f"there are no prompts {str(prompts)[:60]!r}", "BAD_ARGUMENT", f"use {', '.join(PROMPTS)}")
-        present, absent = PROMPTS[prompts or prompts_of(picture.modality, alone)]
-        if alone and not absent:
-            raise ModelError(f"the prompts {prompts!r} let labels compete, and there is one label only", "BAD_ARGUMENT",
-                             f"give more labels, or use {', '.join(n for n, (_, no) in PROMPTS.items() if no)}")  # fmt: skip
-        logits = self._logits(picture, labels, present)
-        if absent:
-            chances = (logits - self._logits(picture, labels, absent)).sigmoid()
-        else:
-            chances = logits.softmax(0) if self.bias is None else logits.sigmoid()
-        return dict(zip(labels, chances.tolist()))
+        return by_prompts(labels, picture.modality, prompts, self.bias is not None, lambda templates: self._logits(picture, labels, templates))
 
-    def _do(self, verb: str, sample: Sample) -> Prediction:
-        """As every model; a sample may name its prompts in ``meta["prompts"]``."""
-        if verb != "classify":
-            return super()._do(verb, sample)
-        study = Study(sample.id, sample.patient, tuple(sample.images.values()))
-        chances = self.classify(study, list(sample.choices or ()), prompts=sample.meta.get("prompts"))
-        best = max(chances, key=chances.__getitem__)
-        return Prediction(sample.id, best, chances[best], chances)
+    def _judged(self, study, labels, prompts):
+        return self.classify(study, labels, prompts=prompts)
 
     @torch.no_grad()
     def embed(self, study_or_text, image=None) -> np.ndarray:
