@@ -77,11 +77,12 @@ def load_tokenizer(weights: str):
 def build(model_type: str = "llama", weights: str | None = None, **args):
     """A causal language model of transformers, from its configuration's own arguments with random weights, or from ``weights``.
 
-    weights: a folder or hub name that AutoModelForCausalLM reads (safetensors only); ``vocab_size`` then resizes its
-    embeddings, other arguments are refused.
+    weights: a folder or hub name that AutoModelForCausalLM reads (safetensors only), of one that sees pictures only its
+    language model; ``vocab_size`` then resizes its embeddings, other arguments are refused.
 
     Raises:
-        ModelError: BAD_CHECKPOINT for arguments that would fetch or run code (``auto_map``, attention kernels, ...).
+        ModelError: BAD_CHECKPOINT for weights that are missing, and for arguments that would fetch or run code (``auto_map``,
+            attention kernels, ...).
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -92,9 +93,17 @@ def build(model_type: str = "llama", weights: str | None = None, **args):
     if other := sorted(args.keys() - {"vocab_size"}):
         raise ModelError(f"a language model read from {weights!r} takes no {', '.join(other)}", "BAD_RECIPE", "give weights and vocab_size only")
     try:
-        lm = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True, trust_remote_code=False, dtype=torch.float32)
+        lm, told = AutoModelForCausalLM.from_pretrained(weights, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ModelError(f"the language model {weights!r} cannot be read: {(str(error).splitlines() or [''])[0][:200]}", "BAD_CHECKPOINT") from error
+    if missing := sorted(told["missing_keys"]):
+        raise ModelError(f"the weights {weights!r} are no language model's ({len(missing)} missing: {', '.join(missing[:4])})", "BAD_CHECKPOINT")
+    if (config := lm.config.get_text_config(decoder=True)) is not lm.config:
+        with torch.device("meta"):
+            bare = AutoModelForCausalLM.from_config(config)
+        setattr(bare, bare.base_model_prefix, lm.get_decoder())
+        bare.set_output_embeddings(lm.get_output_embeddings())
+        lm = bare
     if args.get("vocab_size", lm.config.vocab_size) != lm.config.vocab_size:
         lm.resize_token_embeddings(args["vocab_size"])
     return lm

@@ -41,7 +41,8 @@ class InputSpec:
         channels: 1 grey or 3 colour; grey pictures are repeated, colour ones averaged to luma (ITU-R BT.601).
         spacing: mm along each axis to resample to, or None: scale to ``size``.
         unit: "display" (0..255 as a viewer shows it: file window, MONOCHROME1 inverted), "HU" or "raw".
-        windows: (centre, width) pairs in ``unit``, one a channel; () takes the values as they are (display / 255).
+        windows: (centre, width) pairs in ``unit``, one a channel; () takes the values as they are (display / 255). With unit
+            "display" they are in HU, for the images that are, and others look as a viewer shows them.
         mean, std: per channel, after windowing to [0, 1].
     """
 
@@ -312,7 +313,8 @@ def to_tensor(image: Image | Volume, spec: InputSpec) -> tuple[Tensor, Frame]:
 
 def inputs(image: Image | Volume, spec: InputSpec, places: Iterable[Frame]) -> Iterator[Tensor]:
     """:func:`to_tensor` for each of these frames of one image, such as those of :func:`tiles`."""
-    channels = image.shape[0] * max(1, len(spec.windows))
+    windows = spec.windows if spec.unit != "display" or image.unit == "HU" else ()
+    channels = image.shape[0] * max(1, len(windows))
     if spec.unit != "display" and image.unit != spec.unit:
         raise ModelError(f"image {image.id} is in {image.unit} but the encoder was trained on {spec.unit}", "OUT_OF_SCOPE")
     if spec.unit != "display" and not spec.windows:
@@ -320,14 +322,14 @@ def inputs(image: Image | Volume, spec: InputSpec, places: Iterable[Frame]) -> I
     if channels != spec.channels and {channels, spec.channels} != {1, 3}:
         raise ModelError(f"image {image.id} has {channels} channels, the encoder takes {spec.channels}", "OUT_OF_SCOPE")
     array = image.voxels if isinstance(image, Volume) else image.pixels
-    shown = window.look(array, image.info) if spec.unit == "display" else None
+    shown = window.look(array, image.info) if spec.unit == "display" and not windows else None
 
     def values(part: np.ndarray) -> np.ndarray:
         if part.dtype.kind == "f" and not np.isfinite(part).all():
             raise ModelError(f"image {image.id} holds NaN or infinite values where the encoder looks", "NOT_FINITE")
         part = shown(part) if shown else part
-        if spec.windows:
-            return np.concatenate([window.apply(part, centre, width) for centre, width in spec.windows])
+        if windows:
+            return np.concatenate([window.apply(part, centre, width) for centre, width in windows])
         return np.ascontiguousarray(part, np.float32) / 255
 
     for place in places:

@@ -139,6 +139,7 @@ class TransformersEncoder(ImageEncoder):
 def build(
     library: str = "timm", model: str | Mapping | None = None, size: tuple[int, int] | None = None, channels: int | None = None,
     mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None, feature_layer: int = -1, weights: str | None = None,
+    windows: tuple[tuple[float, float], ...] = (),
 ) -> ImageEncoder:  # fmt: skip
     """An image tower as an encoder.
 
@@ -157,6 +158,8 @@ def build(
         weights: random without. A local file (timm, open_clip), a folder as the library saves it, a hub id
             ("org/name"; needs the network), an open_clip tag, or "pretrained" for the library's own (timm, open_clip).
             Weights on the grid of another size are interpolated.
+        windows: (centre, width) in HU, one a channel, through which CT in HU is seen; other images, and CT without them, as
+            a viewer shows them.
 
     Raises:
         ModelError: NO_SUCH_PART for a library or model that is not there, BAD_CHECKPOINT for weights that cannot be read,
@@ -165,15 +168,17 @@ def build(
     makers = {"timm": _timm, "open_clip": _open_clip, "transformers": _transformers}
     if library not in makers:
         raise ModelError(f"there is no library {library!r:.40}; there are: {', '.join(makers)}", "NO_SUCH_PART", "")
-    given = {"size": None if size is None else tuple(size), "channels": channels, "mean": mean, "std": std}
+    given = {"size": None if size is None else tuple(size), "channels": channels, "mean": mean, "std": std, "windows": windows}
     encoder, made = makers[library](model, given, feature_layer, weights)
     encoder.grid()  # refuses a size that is no multiple of the stride
     spec = encoder.spec
     if len(spec.mean) != spec.channels or len(spec.std) != spec.channels:
         raise ModelError(f"mean and std have {len(spec.mean)} and {len(spec.std)} values for {spec.channels} channels", "BAD_RECIPE", "give one a channel")
+    if spec.windows and len(spec.windows) != spec.channels:
+        raise ModelError(f"{len(spec.windows)} windows for {spec.channels} channels", "BAD_RECIPE", "give one a channel")
     if weights is not None:
         encoder.arguments = {"library": library, "model": made, "size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std,
-                             "feature_layer": feature_layer}  # fmt: skip
+                             "feature_layer": feature_layer, "windows": spec.windows}  # fmt: skip
     return encoder
 
 
@@ -182,7 +187,8 @@ def _spec(given: Mapping, channels: int, size: tuple[int, int], published: tuple
     mean, std = published or ((0.5,) * channels, (0.25,) * channels)
     if len(mean) == 3 and channels == 1:
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)
-    return InputSpec(given["size"] or tuple(size), channels, mean=tuple(given["mean"] or mean), std=tuple(given["std"] or std))
+    return InputSpec(given["size"] or tuple(size), channels, mean=tuple(given["mean"] or mean), std=tuple(given["std"] or std),
+                     windows=tuple(map(tuple, given["windows"])))  # fmt: skip
 
 
 def _timm(model: str | Mapping | None, given: Mapping, feature_layer: int, weights: str | None, state: Mapping | None = None, published: tuple | None = None):

@@ -17,7 +17,7 @@ from ..encoders.base import Features
 from ..errors import ModelError
 from ..heads.mask import Masks, Prompts
 from ..imaging.scan import Image, Study, Volume
-from ..language import END, IMAGE, ROLES, SEG, Batch, Encoded, caption, collate, encode
+from ..language import END, IMAGE, ROLES, SEG, Batch, Encoded, collate, encode
 from ..preprocess import Frame, blend, inputs, tiles, to_tensor
 from ..sample import (
     Answer,
@@ -232,7 +232,7 @@ class NativeModel(Model):
     def _said(self, text: str, head) -> torch.Tensor:
         """(embed_dim,) unit vector of a text."""
         tower = self.vlm.encoders["text"]
-        ids = torch.tensor([caption(self.tokenizer, text, tower.limit)], device=self.vlm.device)
+        ids = torch.tensor([tower.ids(self.tokenizer, text)], device=self.vlm.device)
         return head.text(tower(ids))[0]
 
     def _near(self, picture: Image | Volume, labels: Sequence[str], templates: Sequence[str]) -> torch.Tensor:

@@ -99,7 +99,7 @@ def _case(model: MedVLM, tokenizer, row: str, members: Sequence[Sample]) -> Case
             case.present.append(bool(array.any()))
             case.names.append(mask.labels.index(area.label) if mask is not None and area.label in mask.labels else -1)
         if turn.kind in CAPTIONS and sample.answer:
-            case.captions.append(caption(tokenizer, sample.answer, getattr(model.encoders["text"], "limit", None) if "text" in model.encoders else None))
+            case.captions.append(model.encoders["text"].ids(tokenizer, sample.answer) if "text" in model.encoders else caption(tokenizer, sample.answer))
         if model.lm is not None:
             turn.encoded = encode(tokenizer, sample, counts)
             if len(turn.targets) != marks:

@@ -4,15 +4,19 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import timm
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 from medvlm.encoders import image, slices, text, tiles, volume
 from medvlm.encoders.base import as_map, quarters, resize_positions
-from medvlm.errors import ModelError, UsageError
+from medvlm.errors import MedVLMError, ModelError, UsageError
 from medvlm.imaging import window
+from medvlm.imaging.scan import Image
+from medvlm.preprocess import to_tensor
 from medvlm.vlm import MedVLM, MedVLMConfig, build_part
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -91,12 +95,66 @@ def test_a_text_tower_gives_the_library_s_own_states(saved):
     ids[0, 3], ids[1, 5] = 49, 49
     attention = torch.ones_like(ids)
     attention[0, 4:] = 0
-    for name in ("clip", "siglip"):
-        found, out = text.build(weights=str(folder / name)).eval()(ids, attention), models[name].text_model(ids, attention_mask=attention)
-        assert found.tokens.shape == (2, 6, 32) and found.grid == (6,)
-        assert gap(found.pooled, out.pooler_output, f"{name} text") <= 1e-6
+    found, out = text.build(weights=str(folder / "clip")).eval()(ids, attention), models["clip"].text_model(ids, attention_mask=attention)
+    assert found.tokens.shape == (2, 6, 32) and found.grid == (6,)
+    assert gap(found.pooled, out.pooler_output, "clip text") <= 1e-6
     found = text.build(weights=str(folder / "bert")).eval()(ids, attention)
     assert gap(found.pooled, models["bert"].bert(ids, attention_mask=attention).last_hidden_state[:, 0], "bert") <= 1e-6
+
+
+@torch.no_grad()
+def test_what_siglip_says_of_a_text_is_the_same_whatever_stands_beside_it(saved):
+    """It pools the last place, and was trained with texts padded to the full length and no mask."""
+    folder, models = saved
+    tower, whole = text.build(weights=str(folder / "siglip")).eval(), models["siglip"].text_model
+    pad = whole.config.pad_token_id
+    short, long = torch.randint(2, 48, (1, 4)), torch.randint(2, 48, (1, 9))
+    both = torch.cat([torch.nn.functional.pad(short, (0, 5), value=7), long])
+    attention = torch.tensor([[1] * 4 + [0] * 5, [1] * 9])
+    full = torch.full((2, whole.config.max_position_embeddings), pad)
+    full[0, :4], full[1, :9] = short, long
+    found, alone, out = tower(both, attention), tower(short), whole(full)
+    assert gap(found.pooled, out.pooler_output, "siglip text") <= 1e-6 and gap(alone.pooled, out.pooler_output[:1], "alone") <= 1e-6
+    assert found.grid == (64,) and found.tokens.shape == (2, 64, 32)
+
+
+def test_a_text_tower_brings_its_own_words(saved, tmp_path):
+    """A published tower beside a language model of other words: its tokenizer is saved with its weights and reads captions."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2, "chest": 3, "film": 4}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    shutil.copytree(saved[0] / "siglip", tmp_path / "siglip")
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", pad_token="</s>", unk_token="<unk>").save_pretrained(tmp_path / "siglip")
+    other = tiny.tokenizer()
+    made = text.build(weights=str(tmp_path / "siglip"))
+    assert made.ids(other, "a chest film") == [2, 3, 4, 1] and made.ids(other, "a " * 99) == [2] * 63 + [1]
+    again = build_part("encoders", "text", json.loads(json.dumps(made.arguments)))
+    again.load_state_dict(made.state_dict())
+    assert again.ids(other, "a chest film") == [2, 3, 4, 1]
+    plain = text.build(weights=str(saved[0] / "siglip"))  # a folder without one: the model's own words
+    assert plain.ids(other, "yes") == [*other("yes")["input_ids"], other.eos_token_id] and "words" not in plain.arguments
+    (tmp_path / "siglip/tokenizer.json").write_text("{")
+    with pytest.raises(MedVLMError) as e:
+        text.build(weights=str(tmp_path / "siglip"))
+    assert e.value.code == "BAD_CHECKPOINT"
+
+
+def test_ct_is_seen_through_windows_and_other_pictures_as_they_are_shown():
+    windows = ((-100.0, 2250.0), (40.0, 350.0), (40.0, 80.0))
+    made = image.build("transformers", {"model_type": "vit", **VISION}, size=(32, 32), windows=windows)
+    hu = np.full((1, 32, 32), 60, np.float32)
+    seen, _ = to_tensor(Image("ct", hu, None, "ct", "HU"), made.spec)
+    for channel, (centre, width) in zip(seen, windows):
+        assert channel.mean().item() == pytest.approx(window.apply(hu, centre, width).mean(), abs=1e-6)
+    assert len({round(c.mean().item(), 3) for c in seen}) == 3
+    shown, _ = to_tensor(tiny.picture(size=(32, 32)), made.spec)
+    assert shown.shape == (3, 32, 32) and torch.equal(shown[0], shown[2])
+    with pytest.raises(MedVLMError) as e:
+        image.build("transformers", {"model_type": "vit", **VISION}, windows=windows[:2])
+    assert e.value.code == "BAD_RECIPE" and "2 windows for 3 channels" in e.value.message
 
 
 def test_a_text_tower_is_made_again_without_its_weights(saved):
@@ -320,6 +378,24 @@ def test_a_3d_network_reads_monai_s_whole_weights(net, tmp_path):
     with pytest.raises(ModelError, match="1 missing") as refused:
         volume.build(net, size, model=args, weights=str(tmp_path / "spoilt.pth"))
     assert refused.value.code == "BAD_CHECKPOINT"
+
+
+@torch.no_grad()
+def test_a_3d_vit_keeps_the_class_token_that_its_weights_were_trained_with(tmp_path):
+    from monai.networks import nets
+
+    saved = nets.ViT(1, (8, 16, 16), (4, 8, 8), 24, 32, 2, 2, proj_type="perceptron", classification=True).eval()
+    saved.cls_token.normal_()
+    state = {k: v for k, v in saved.state_dict().items() if "cross_attn" not in k and "classification_head" not in k}  # as M3D-CLIP's file
+    torch.save(state, tmp_path / "vit.bin")
+    args = {"patch": (4, 8, 8), "hidden_size": 24, "mlp_dim": 32, "num_layers": 2, "num_heads": 2, "proj_type": "perceptron"}
+    encoder = volume.build("vit", (8, 16, 16), model=args | {"classification": True}, weights=str(tmp_path / "vit.bin")).eval()
+    x = torch.rand(1, 1, 8, 16, 16)
+    whole = saved.norm(saved(x)[1][-1])
+    assert gap(encoder(x).tokens, whole[:, 1:], "vit with a class token") <= 1e-6
+    assert gap(encoder.visible(x, torch.arange(8)[None]), whole, "its states") <= 1e-6
+    bare = volume.build("vit", (8, 16, 16), model=args, weights=str(tmp_path / "vit.bin")).eval()
+    assert gap(bare(x).tokens, whole[:, 1:], "without it") > 1e-3
 
 
 def test_ct_windows_become_channels_by_name():

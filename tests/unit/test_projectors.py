@@ -46,6 +46,24 @@ def test_pool_averages_blocks_in_reading_order():
     assert bare(thirds)(features((2, 3))).flatten().tolist() == [2.0, 3.0] and thirds.count((7, 5)) == 2
 
 
+@torch.no_grad()
+def test_a_pool_of_one_layer_is_gemma_3_s_projector():
+    from transformers import Gemma3Config
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
+
+    config = Gemma3Config(vision_config={"hidden_size": 6, "num_attention_heads": 2, "image_size": 64, "patch_size": 8}, text_config={"hidden_size": 10, "num_attention_heads": 2}, mm_tokens_per_image=16)
+    theirs, mine = Gemma3MultiModalProjector(config), pool.build(6, 10, grid=(4, 4), layers=1)
+    theirs.mm_input_projection_weight.normal_()
+    theirs.mm_soft_emb_norm.weight.normal_()
+    mine.layers[0].weight.copy_(1 + theirs.mm_soft_emb_norm.weight)
+    mine.layers[1].weight.copy_(theirs.mm_input_projection_weight.T)
+    tokens = torch.randn(2, 64, 6)
+    assert mine.layers[1].bias is None and mine.count((8, 8)) == 16
+    torch.testing.assert_close(mine(features((8, 8), tokens=tokens)), theirs(tokens), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ModelError, match="1 or 2 linear layers"):
+        pool.build(1, 4, layers=3)
+
+
 @pytest.mark.parametrize(
     ("made", "grid", "says"),
     [
