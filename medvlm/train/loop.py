@@ -92,6 +92,7 @@ def _train(recipe, data, out, resume, seed, device, precision, save_minutes, wor
             tokenizer.save_pretrained(out / "tokenizer")
     torch.manual_seed(seed)
     model = MedVLM(recipe.model(tokenizer, **recipe.args))
+    optim.check(model, recipe.stages)
     if any(stage.pack for stage in recipe.stages) and not keeps_apart(model.lm):
         raise ModelError("conversations that share a row would leak into each other in this language model", "BAD_RECIPE", "leave pack out of the stages")
 
@@ -209,6 +210,7 @@ class _Stage:
     def begin(self, last: Path | None, state: dict) -> None:
         """Adapters, optimiser and, after a stop in the middle of this stage, the state it had."""
         optim.optimizer(self.model, self.stage)  # sets what learns, which the adapters need to know
+        seed_everything(self.seed, self.number)  # of the adapters, also where a run goes on at this stage
         optim.adapt(self.model, self.stage)
         if last and state["step"]:
             checkpoint.restore(last, self.model)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from fnmatch import fnmatch, translate
+from collections.abc import Iterable
+from fnmatch import fnmatch
 
 import torch
 from torch import nn
@@ -22,21 +23,28 @@ def schedule(step: int, steps: int, warmup: int) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def adapt(model: nn.Module, stage) -> None:
-    """Put LoRA (Hu et al. 2021, arXiv:2106.09685; scale 2) beside the linear layers that the stage names, by peft.
+def check(model: nn.Module, stages: Iterable) -> None:
+    """Whether what each stage names is there, before the first of them begins.
 
     Raises:
-        ModelError: BAD_RECIPE when a pattern fits no layer.
+        ModelError: BAD_RECIPE when a pattern of ``train`` fits no parameter, or one of ``lora`` no linear layer.
     """
+    names = {"parameter": [n for n, _ in model.named_parameters()], "linear layer": [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]}
+    for stage in stages:
+        for kind, patterns in (("parameter", stage.train), ("linear layer", stage.lora)):
+            for pattern in patterns:
+                if not any(fnmatch(n, pattern) for n in names[kind]):
+                    raise ModelError(f"stage {stage.name}: no {kind} is called {pattern}", "BAD_RECIPE", f"there is, for one, {(*names[kind], 'none')[0]}")
+
+
+def adapt(model: nn.Module, stage) -> None:
+    """Put LoRA (Hu et al. 2021, arXiv:2106.09685; scale 2) beside the linear layers that the stage names, by peft."""
     if not stage.lora:
         return
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    for pattern in stage.lora:
-        if not any(fnmatch(n, pattern) for n in linear):
-            raise ModelError(f"stage {stage.name}: no linear layer is called {pattern}", "BAD_RECIPE", f"there are, for one: {linear[0] if linear else 'none'}")
     wanted = {n: next(rank for pattern, rank in reversed(stage.lora.items()) if fnmatch(n, pattern)) for n in linear if any(fnmatch(n, p) for p in stage.lora)}
     ranks = {f"^{re.escape(n)}$": rank for n, rank in wanted.items()}
     learns = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -64,13 +72,9 @@ def optimizer(model: nn.Module, stage) -> torch.optim.Optimizer:
     Sets ``requires_grad`` of every parameter.
 
     Raises:
-        ModelError: BAD_RECIPE when nothing learns, or a pattern fits no parameter.
+        ModelError: BAD_RECIPE when nothing learns.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = defaultdict(list)
-    names = [n for n, _ in model.named_parameters()]
-    for pattern in stage.train:
-        if not any(re.match(translate(pattern), n) for n in names):
-            raise ModelError(f"stage {stage.name}: no parameter is called {pattern}", "BAD_RECIPE", f"they are called like {names[0]}")
     for name, parameter in model.named_parameters():
         share = 1.0 if ADAPTER in name else 0.0 if ".base_layer." in name or name in model.unread else stage.share(name)
         parameter.requires_grad = share > 0

@@ -1,13 +1,15 @@
 """Conversations as tokens: what is learnt, where images stand, and that nobody can write an image into a question."""
 
+import foreign
 import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 from medvlm import language
 from medvlm.errors import MedVLMError
-from medvlm.language import IMAGE, SEG, collate, encode, plain
+from medvlm.language import IMAGE, SEG, arguments, build, collate, encode, plain
 from medvlm.predictors.native import _turns
 from medvlm.sample import Sample, Turn
 
@@ -152,3 +154,26 @@ def test_no_text_is_lost_between_turns(tok):
         texts = ["".join(rng.choice(list("ab <|>:é\n"), 12)) for _ in range(3)]
         row = encode(tok, say(("user", texts[0]), ("assistant", texts[1]), ("user", texts[2])), {})
         assert tok.decode(row.ids) == f"<|user|>{plain(texts[0])}<|end|><|assistant|>{plain(texts[1])}<|end|><|user|>{plain(texts[2])}<|end|>"
+
+
+def test_of_a_model_that_sees_pictures_its_language_model_is_read(tmp_path):
+    """Gemma 3 is published with its vision tower; the same words get the same logits, and the model is made again without its file."""
+    folder = foreign.save(foreign.gemma3, tmp_path / "gemma")
+    whole, mine = foreign.hf.Gemma3ForConditionalGeneration.from_pretrained(folder).eval(), build(weights=str(folder)).eval()
+    ids = torch.arange(8, 30)[None]
+    with torch.no_grad():
+        want = whole(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits
+        assert torch.equal(mine(input_ids=ids).logits, want) and want.abs().max() > 0.5
+        assert not any("vision" in n for n, _ in mine.named_parameters())
+        again = build(**arguments(mine)).eval()
+        again.load_state_dict(mine.state_dict())
+        assert torch.equal(again(input_ids=ids).logits, want)
+
+
+def test_weights_that_are_missing_are_an_error(tmp_path):
+    build("llama", vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2).save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    save_file({k: v for k, v in held.items() if "layers.1.mlp" not in k}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MedVLMError) as e:
+        build(weights=str(tmp_path))
+    assert e.value.code == "BAD_CHECKPOINT" and "3 missing: model.layers.1.mlp" in e.value.message
