@@ -192,20 +192,22 @@ class MedVLM(PreTrainedModel, GenerationMixin):
         embeds = self.lm.get_input_embeddings()(ids)
         where = ids == self.config.image_token_id
         rows = self._rows(where, order)
-        projected = {n: self.projectors[n](f) for n, f in features.items() if n in self.projectors and not getattr(self.projectors[n], "guided", False)}
-        tokens = []
-        for row, (name, k) in zip(rows, order):
-            if name in projected:
-                tokens.append(projected[name][k])
+        asked = words if words is not None else ~where
+        tokens: dict[int, Tensor] = {}
+        for name, f in features.items():
+            runs = [i for i, (n, _) in enumerate(order) if n == name]
+            if name not in self.projectors or not runs:
                 continue
-            asked = words[row] if words is not None else ~where[row]
-            query = embeds[row][asked].mean(0, keepdim=True)
-            f = features[name]
-            one = Features(f.tokens[k : k + 1], f.grid, f.pooled[k : k + 1], tuple(level[k : k + 1] for level in f.levels))
-            tokens.append(self.projectors[name](one, query)[0])
+            projector, which = self.projectors[name], [order[i][1] for i in runs]
+            if getattr(projector, "guided", False):
+                lines = [rows[i] for i in runs]
+                query = (embeds[lines] * asked[lines][..., None]).sum(1) / asked[lines].sum(1, keepdim=True).clamp(min=1)
+                tokens |= zip(runs, projector(Features(f.tokens[which], f.grid, f.pooled[which]), query))
+            else:
+                tokens |= zip(runs, projector(f)[which])
         if not tokens:
             return embeds
-        return embeds.masked_scatter(where[..., None], torch.cat(tokens).to(embeds.dtype))
+        return embeds.masked_scatter(where[..., None], torch.cat([tokens[i] for i in range(len(order))]).to(embeds.dtype))
 
     def _rows(self, where: Tensor, order: Sequence[tuple[str, int]]) -> list[int]:
         """The row that each placeholder run stands in."""

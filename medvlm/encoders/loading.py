@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -70,7 +71,7 @@ def compare(weights: str, missing: Iterable[str], extra: Iterable[str]) -> None:
 def load_part(module: nn.Module, weights: str, prefix: str = "", others: tuple[str, ...] = ()) -> None:
     """Weights of a local file into a module that is the whole saved net, or the part of it under ``prefix``.
 
-    others: first words of the names of the saved net's other parts, which are not read.
+    others: patterns (fnmatch) of the names of the saved net's other parts, which are not read.
     """
     from timm.models import load_state_dict  # safetensors or weights_only, and takes checkpoints apart
 
@@ -80,7 +81,7 @@ def load_part(module: nn.Module, weights: str, prefix: str = "", others: tuple[s
         state = load_state_dict(str(weights))
     if prefix and any(name.startswith(prefix) for name in state):
         state = {k.removeprefix(prefix) if k.startswith(prefix) else k: v for k, v in state.items()}
-    state = {k: v for k, v in state.items() if k in module.state_dict() or not k.startswith(others)} if others else state
+    state = {k: v for k, v in state.items() if k in module.state_dict() or not any(fnmatch(k, other) for other in others)}
     compare(weights, module.state_dict().keys() - state, state.keys() - module.state_dict())
     with reading(weights):
         module.load_state_dict(state)

@@ -40,13 +40,20 @@ class VolumeEncoder(Encoder):
 
 
 class ViT(VolumeEncoder):
-    """Blocks at quarters of the depth as levels, all at the patch's stride; the last one after the final norm."""
+    """Blocks at quarters of the depth as levels, all at the patch's stride; the last one after the final norm.
+
+    With ``classification`` a class token goes before the patches, as weights that were trained with one need (M3D-CLIP:
+    BAAI-DCAI/M3D, LaMed/src/model/multimodal_encoder/vit.py); it is no token of the features.
+    """
 
     def __init__(self, args, spec):
         from monai.networks import nets
 
         patch = _each(args.pop("patch", 16))
         net = nets.ViT(spec.channels, spec.size, patch, **args)
+        net.classification_head = None
+        for block in net.blocks:  # an encoder has nothing to attend across to; older releases saved no such names
+            block.norm_cross_attn = block.cross_attn = nn.Identity()
         self.blocks = quarters(len(net.blocks))
         super().__init__(net, spec, (net.norm.normalized_shape[0],) * len(self.blocks), (patch,) * len(self.blocks))
 
@@ -57,17 +64,22 @@ class ViT(VolumeEncoder):
         x = x.flatten(2).transpose(1, 2) if embed.proj_type == "conv" else x
         return embed.dropout(x + resize_positions(embed.position_embeddings, self.grid(), grid))
 
+    def led(self, x):
+        """The class token before the patches, where the net has one."""
+        return torch.cat([self.net.cls_token.expand(len(x), -1, -1), x], 1) if self.net.classification else x
+
     def read(self, x):
-        grid, x = self.grid(x.shape[2:]), self.embed(x)
+        grid, x = self.grid(x.shape[2:]), self.led(self.embed(x))
         levels = []
         for number, block in enumerate(self.net.blocks, 1):
             x = block(x)
             if number in self.blocks:
                 levels.append(x)
-        return [as_map(v, grid) for v in (*levels[:-1], self.net.norm(x))]
+        first = int(self.net.classification)
+        return [as_map(v[:, first:], grid) for v in (*levels[:-1], self.net.norm(x))]
 
     def visible(self, x, keep):
-        x = torch.take_along_dim(self.embed(x), keep[..., None], 1)
+        x = self.led(torch.take_along_dim(self.embed(x), keep[..., None], 1))
         for block in self.net.blocks:
             x = block(x)
         return self.net.norm(x)
@@ -134,12 +146,12 @@ def _each(number: int | tuple[int, ...]) -> tuple[int, ...]:
 
 NETS = {"vit": ViT, "swin_unetr": Swin, "segresnet": SegResNet, "resnet": ResNet}
 SAVED = {
-    "vit": ("", ("cls_token", "classification_head")),
-    "swin_unetr": ("swinViT.", ("encoder", "decoder", "out")),
-    "segresnet": ("", ("up_layers", "up_samples", "conv_final")),
-    "resnet": ("", ("fc",)),
+    "vit": ("", ("cls_token", "classification_head*", "blocks.*cross_attn.*")),
+    "swin_unetr": ("swinViT.", ("encoder*", "decoder*", "out*")),
+    "segresnet": ("", ("up_layers*", "up_samples*", "conv_final*")),
+    "resnet": ("", ("fc*",)),
 }
-"""Where the encoder stands in a network's saved weights, and the parts that are not read."""
+"""Where the encoder stands in a network's saved weights, and patterns of names that are not read where it has none of them."""
 
 
 def build(

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from ..datasets import sentences
-from ..datasets.instruct import MODALITY_WORDS, side_of, word
+from ..datasets.facts import MODALITY_NAMES
+from ..datasets.instruct import ASK, MODALITY_WORDS, side_of, word
 from ..encoders.base import Features
 from ..errors import ModelError
 from ..heads.mask import Masks, Prompts
@@ -34,6 +35,7 @@ from ..sample import (
 )
 from ..vlm import MedVLM
 from .base import Model, by_prompts, check_question, clicks, corners, digest, pick, place, pretrained, verb_of, words_of
+from .chat import sentences_of
 from .prefix import Tree
 
 PRESENT = 0.5
@@ -45,6 +47,8 @@ FOREIGN = 0.05
 """A picture whose header names the right modality is still refused below this chance."""
 REMEMBERED = 4
 """Images whose features are kept, and sets of labels whose prompts are."""
+REPORT_TOKENS = 256
+"""Of a report in the model's own words, at most."""
 ALIASES = {"heart": "heart and mediastinum", "mediastinum": "heart and mediastinum", "trachea": "airways",
            "ggo": "ground-glass opacity", "ground glass opacity": "ground-glass opacity", "effusion": "pleural effusion",
            "covid": "COVID-19 pneumonia", "covid-19": "COVID-19 pneumonia", "et tube": "endotracheal tube"}  # fmt: skip
@@ -280,9 +284,15 @@ class NativeModel(Model):
         return None
 
     def report(self, study, image=None) -> Report:
+        """As :meth:`Model.report`; a model that was taught no findings one by one writes it in its own words."""
         picture = pick(study, image, self.reads)
         if reason := self.scope(picture):
             return Report(out_of_scope=reason)
+        if not self.findings and self.vlm.lm is not None:
+            names = MODALITY_NAMES if isinstance(picture, Volume) else MODALITY_WORDS
+            question = ASK["report"][0].format(picture=names.get(picture.modality, "an image").partition(" ")[2])
+            ((text,), _) = self._write({picture.id: picture}, [_turns(question)], REPORT_TOKENS)
+            return Report(sentences_of(text))
         outlines = {s.label: s for s in self._outline(picture, self.targets)}
         chances = self._chances(picture)
         looked_for = [self._finding(label, chances[label], outlines, picture) for label in self.findings]
@@ -432,7 +442,7 @@ class NativeModel(Model):
             starts = [next(k for k, label in enumerate(r.labels) if label >= 0) for r in rows]
             return tree.score([r.ids[length:k] for r, k in zip(rows, starts)], [r.ids[k:] for r, k in zip(rows, starts)]).cpu()
         batch, features = self._batch(images, conversations)
-        out = self.vlm(**batch.inputs(), features=features)
+        out = self.vlm(**batch.inputs(), features=features, labels=batch.labels)  # an answer does not guide what is seen of the image
         chance = out.logits[:, :-1].float().log_softmax(-1)
         target = batch.labels[:, 1:]
         return (chance.gather(-1, target.clamp(min=0)[..., None])[..., 0] * (target >= 0)).sum(1).cpu()
