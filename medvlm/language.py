@@ -3,8 +3,9 @@
 An image stands in the text as ``<|image:ID|>`` and becomes one ``<|image|>`` token for each token its projector gives,
 so text index = hidden-state index. ``<|seg|>`` in an answer asks for a mask. The mask head's prompt is the state that
 *predicts* it (position t-1), as in LISA (arXiv:2308.00692) and M3D (arXiv:2404.00578), and beside it the mean embedding
-of the words of the turn that asked: a small language model has no reason to carry which target was named into a state
-whose next token is always <|seg|>.
+of the words that asked, those of the turn up to the mark, or since the mark before it ("the right lung <|seg|> and the
+left lung <|seg|>"): a small language model has no reason to carry which target was named into a state whose next token is
+always <|seg|>.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class Encoded:
 class Batch:
     """ids, attention, labels: (B, T), labels -100 where nothing is learnt. images: {encoder: (K, C, *size)}.
     order: (encoder, k) of each placeholder run, in reading order over the batch; rows may share an image.
-    seg: (S, 2) row and column of each <|seg|>. seg_words: (S, T) true on the words of the turn that asked for it.
+    seg: (S, 2) row and column of each <|seg|>. seg_words: (S, T) true on the words that asked for it: of its turn, or since the last one.
     seg_image: (encoder, k) each of them is drawn on.
     spans: (row, first column, past the last) of each conversation, in the order given to :func:`collate`.
     positions: (B, T) of each token in its own conversation, where conversations share rows; ``attention`` then holds the
@@ -282,8 +283,10 @@ def collate(tokenizer, rows: Sequence[Encoded], places: Sequence[Mapping[str, Se
                 before = row.ids[:column]
                 asked = len(before) - before[::-1].index(user) if user in before else 0
                 seg.append((i, start + column))
+                since = len(before) - before[::-1].index(seg_id) if seg_id in before else 0
+                said = [[start + at for at in range(first, column) if row.ids[at] not in special] for first in (max(since, asked), asked)]
                 words.append(torch.zeros(width, dtype=torch.bool))
-                words[-1][[start + at for at in range(asked, column) if row.ids[at] not in special]] = True
+                words[-1][said[0] or said[1]] = True
                 seg_image.append(place[next(on, row.images[0])][0])
             numbers += [number] * len(row.ids)
             spans.append((i, start, start + len(row.ids)))

@@ -130,8 +130,8 @@ class MedVLM(PreTrainedModel, GenerationMixin):
         return (names,) if isinstance(names, str) else tuple(names)
 
     def count(self, name: str) -> int:
-        """Placeholder tokens that an image of this encoder takes."""
-        return self.projectors[name].count(self.encoders[name].grid())
+        """Placeholder tokens that an image of this encoder takes: none without a projector, when only heads see it."""
+        return self.projectors[name].count(self.encoders[name].grid()) if name in self.projectors else 0
 
     def tokens(self, modality: str) -> int:
         """Placeholder tokens that an image of this modality takes."""
@@ -165,8 +165,10 @@ class MedVLM(PreTrainedModel, GenerationMixin):
 
     def processor(self, tokenizer) -> MedVLMProcessor:
         """What makes this model's inputs out of text and images, to be saved beside it."""
-        specs = {name: vars(e.spec) | {"count": self.count(name)} for name, e in self.encoders.items() if name in self.projectors}
-        return MedVLMProcessor(tokenizer, specs, self.config.about.get("routes", {}))
+        routes = self.config.about.get("routes", {})
+        seen = {*self.projectors, *(n for m in routes for n in self.route(m))} if len(self.projectors) else ()
+        specs = {name: vars(e.spec) | {"count": self.count(name)} for name, e in self.encoders.items() if name in seen}
+        return MedVLMProcessor(tokenizer, specs, routes)
 
     def get_input_embeddings(self):
         return self.lm.get_input_embeddings()
@@ -190,7 +192,7 @@ class MedVLM(PreTrainedModel, GenerationMixin):
             ModelError: PLACEHOLDERS when a row does not hold as many as its images give.
         """
         embeds = self.lm.get_input_embeddings()(ids)
-        where = ids == self.config.image_token_id
+        order, where = [at for at in order if at[0] in self.projectors], ids == self.config.image_token_id
         rows = self._rows(where, order)
         asked = words if words is not None else ~where
         tokens: dict[int, Tensor] = {}

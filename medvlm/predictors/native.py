@@ -106,6 +106,8 @@ class NativeModel(Model):
         question = check_question(question)
         images = self._images(study, image)
         ((text, chance, chances),) = self._answers(images, [_turns(question)], [choices_of(question)])
+        if SEG in text:
+            return Answer(_unmarked(text), chance, chances, self._named(images, _turns(question), text))
         regions = () if text == "no" else tuple(r for picture in images.values() for r in self._mentioned(picture, question))
         return Answer(text, chance, chances, regions)
 
@@ -140,11 +142,12 @@ class NativeModel(Model):
         choices = [s.choices or choices_of(s.question) for s in samples]
         answers = self._answers(images, asked, choices)
         regions = [
-            tuple(r for p in images.values() for r in self._mentioned(p, s.question)) if s.regions and text != "no" else ()
-            for s, (text, *_) in zip(samples, answers)
+            self._named(images, turns, text) if SEG in text
+            else tuple(r for p in images.values() for r in self._mentioned(p, s.question)) if s.regions and text != "no" else ()
+            for s, turns, (text, *_) in zip(samples, asked, answers)
         ]
         share = (time.perf_counter() - began) / len(samples)
-        return [Prediction(s.id, text, chance, chances, places, seconds=share) for s, (text, chance, chances), places in zip(samples, answers, regions)]
+        return [Prediction(s.id, _unmarked(text), chance, chances, places, seconds=share) for s, (text, chance, chances), places in zip(samples, answers, regions)]
 
     def choose(self, picture: Image | Volume, question: str, choices: Sequence[str]) -> dict[str, float]:
         """{choice: probability}, from the chance the language model gives each whole answer; yes/no is calibrated."""
@@ -152,13 +155,17 @@ class NativeModel(Model):
 
     @torch.no_grad()
     def _answers(self, images: Mapping[str, Image | Volume], asked: Sequence[Sequence[Turn]], choices: Sequence[Sequence[str] | None]):
-        """(text, probability, {choice: probability} | None) of each conversation; closed ones are scored, not written."""
+        """(text, probability, {choice: probability} | None) of each conversation; closed ones are scored, not written.
+
+        A model that is taught to outline what it names (``about["grounded"]``) may write <|seg|> into its text.
+        """
         if self.vlm.lm is None:
             raise ModelError(f"{self.name} cannot ask: it has no language model", "UNSUPPORTED_VERB")
         closed = [(i, c) for i, kinds in enumerate(choices) for c in kinds or ()]
         scores = iter(self._likelihood(images, [(*asked[i], Turn("assistant", c)) for i, c in closed]).tolist() if closed else ())
         free = [i for i, kinds in enumerate(choices) if not kinds]
-        written = iter(zip(*self._write(images, [asked[i] for i in free])) if free else ())
+        marks = {"most": 96, "marks": True} if self.vlm.config.about.get("grounded") else {}
+        written = iter(zip(*self._write(images, [asked[i] for i in free], **marks)) if free else ())
         answers = []
         for kinds in choices:
             if not kinds:
@@ -448,9 +455,10 @@ class NativeModel(Model):
         return (chance.gather(-1, target.clamp(min=0)[..., None])[..., 0] * (target >= 0)).sum(1).cpu()
 
     @torch.no_grad()
-    def _write(self, images: Mapping[str, Image | Volume], conversations: Sequence[Sequence[Turn]], most: int = 48) -> tuple[list[str], list[float]]:
-        """Answers by ``temperature``, and the probability the model gives to each as a whole."""
-        never = self.tokenizer.convert_tokens_to_ids([IMAGE, SEG, *ROLES])
+    def _write(self, images: Mapping[str, Image | Volume], conversations: Sequence[Sequence[Turn]], most: int = 48,
+               marks: bool = False) -> tuple[list[str], list[float]]:  # fmt: skip
+        """Answers by ``temperature``, with <|seg|> where ``marks`` lets them be, and the probability the model gives to each as a whole."""
+        never = self.tokenizer.convert_tokens_to_ids([IMAGE, *ROLES, *([] if marks else [SEG])])
         end = self.tokenizer.convert_tokens_to_ids(END)
         rows = [self._encoded(images, turns, False) for turns in conversations]
         if shared := self._shared(images, rows):
@@ -461,9 +469,16 @@ class NativeModel(Model):
             drawn = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
             ids = self.vlm.generate(**batch.inputs(), features=features, max_new_tokens=most, suppress_tokens=never, **drawn,
                                     pad_token_id=self.tokenizer.pad_token_id, eos_token_id=end)  # fmt: skip
-        texts = [t.strip() for t in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        texts = [self._decoded(row) for row in ids]
         said = [(*turns, Turn("assistant", text)) for turns, text in zip(conversations, texts)]
         return texts, self._likelihood(images, said).exp().tolist()
+
+    def _decoded(self, ids) -> str:
+        """The text of an answer, of special tokens with <|seg|> only."""
+        mark, parts = self.tokenizer.convert_tokens_to_ids(SEG), [[]]
+        for token in ids.tolist() if isinstance(ids, torch.Tensor) else ids:
+            parts = [*parts, []] if token == mark else [*parts[:-1], [*parts[-1], token]]
+        return SEG.join(self.tokenizer.decode(part, skip_special_tokens=True) for part in parts).strip()
 
     @torch.no_grad()
     def _chances(self, picture: Image) -> dict[str, float]:
@@ -480,8 +495,20 @@ class NativeModel(Model):
         """Each target from its own [SEG] state; an empty mask where it is more likely absent."""
         if self.vlm.lm is None:
             raise ModelError(f"{self.name} outlines no named target: it has no language model", "UNSUPPORTED_VERB", "give points or boxes")
+        return self._drawn({picture.id: picture}, [(*_turns(f"Segment the {t}."), Turn("assistant", SEG)) for t in targets], targets)
+
+    def _named(self, images: Mapping[str, Image | Volume], turns: Sequence[Turn], text: str) -> tuple[Region, ...]:
+        """What the marks of an answer outline on the first image, each called as the words before it call it; what is absent is left out."""
+        said = [" ".join(words.split()) for words in text.split(SEG)[:-1]]
+        known = [max((t for t in self.targets if t.lower() in w.lower()), key=lambda t: w.lower().rfind(t.lower()), default=w) for w in said]
+        return tuple(s.region for s in self._drawn(images, [(*turns, Turn("assistant", text))], known) if s.mask.any())
+
+    @torch.no_grad()
+    def _drawn(self, images: Mapping[str, Image | Volume], conversations: Sequence[Sequence[Turn]], targets: Sequence[str]) -> list[Segmentation]:
+        """What each <|seg|> of these conversations outlines on the first image, in reading order; targets: its names, one each."""
+        picture = next(iter(images.values()))
         name, *_ = self._look(picture)
-        batch, features = self._batch({picture.id: picture}, [(*_turns(f"Segment the {t}."), Turn("assistant", SEG)) for t in targets])
+        batch, features = self._batch(images, conversations)
         out = self.vlm(**batch.inputs(), features=features)
         head = self.vlm.head("mask", name)
         known = torch.tensor([head.labels.index(t) if t in head.labels else -1 for t in targets], device=self.vlm.device)
@@ -524,6 +551,10 @@ class NativeModel(Model):
 
 def _turns(question: str) -> tuple[Turn, ...]:
     return (Turn("user", question.replace("<|", "< |")),)  # a question places no image
+
+
+def _unmarked(text: str) -> str:
+    return re.sub(r"\s*" + re.escape(SEG), "", text).strip()
 
 
 def _joined(group: Sequence[Features]) -> Features:

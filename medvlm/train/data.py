@@ -103,7 +103,7 @@ def _case(model: MedVLM, tokenizer, row: str, members: Sequence[Sample]) -> Case
         if model.lm is not None:
             turn.encoded = encode(tokenizer, sample, counts)
             if len(turn.targets) != marks:
-                raise ModelError(f"sample {sample.id} asks for {marks} masks and has {len(turn.targets)}", "BAD_DATASET")
+                raise ModelError(f"sample {sample.id} asks for {marks} masks and has {len(turn.targets)}", "BAD_DATASET", "one mask or region for each <|seg|>")
             case.turns.append(turn)
     if box is not None and members[0].meta.get("boxed"):
         kept = [r for r in members[0].regions if r.label in box.labels and r.box is not None]

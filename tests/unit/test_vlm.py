@@ -139,7 +139,7 @@ def test_every_parameter_learns(tok):
     given.targets = {"mask": target, "weak": torch.tensor([False, False, False]), "present": torch.tensor([1.0, 1.0, 0.0]),
                      "label": torch.tensor([1, 0, 3]), "labels": torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0]] * 4)}  # fmt: skip
     out = model(**given.inputs())
-    losses = {k: v for objective in objectives.find("lm+mask+classify") for k, v in objective(model, given, out).items()}
+    losses = {k: v for objective in objectives.find("lm+mask+classify").values() for k, v in objective(model, given, out).items()}
     assert set(losses) == {"lm", "mask", "present", "dense", "prompted", "modality", "labels"}
     sum(losses.values()).backward()
     # the decoder draws one mask a prompt: what serves SAM's other three is kept for its weights alone; so are rough masks,
