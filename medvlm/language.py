@@ -55,7 +55,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048):
 def load_tokenizer(weights: str):
     """The tokenizer of published weights, a folder or hub name, with the toolkit's image and mask tokens added.
 
-    Its own chat template stays; one without gets the toolkit's, whose role tokens are then added too.
+    Its own chat template stays; one without gets the toolkit's, whose role tokens are then added too, behind the mark that
+    its texts begin with, where they do (Gemma, Llama).
 
     Raises:
         ModelError: BAD_CHECKPOINT.
@@ -67,7 +68,8 @@ def load_tokenizer(weights: str):
     except (OSError, ValueError) as error:
         raise ModelError(f"the tokenizer of {weights!r} cannot be read: {(str(error).splitlines() or [''])[0][:200]}", "BAD_CHECKPOINT") from error
     own = [] if tokenizer.chat_template else [END, *ROLES]
-    tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
+    begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    tokenizer.chat_template = tokenizer.chat_template or ("{{ bos_token }}" if begins else "") + TEMPLATE
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE, SEG, *own]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or PAD
@@ -332,6 +334,21 @@ def keeps_apart(lm) -> bool:
 def _content(turn: Turn, expand) -> str:
     keep = re.compile(f"({MARKED.pattern.replace('(', '(?:')}{'|' + re.escape(SEG) if turn.role == 'assistant' else ''})")
     return "".join(MARKED.sub(expand, part) if keep.fullmatch(part) else plain(part) for part in keep.split(turn.text))
+
+
+def ends(tokenizer) -> int:
+    """The token that ends an answer in the tokenizer's chat template: the first special one behind it.
+
+    Raises:
+        ModelError: BAD_CHECKPOINT for a template without one.
+    """
+    asked = [{"role": "user", "content": "a"}]
+    whole = _tokens(tokenizer, [*asked, {"role": "assistant", "content": "a"}], False)
+    behind = whole[len(_tokens(tokenizer, asked, True)) :]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    if (end := next((token for token in behind if token in special), None)) is None:
+        raise ModelError("the chat template does not mark where an answer ends", "BAD_CHECKPOINT", "choose a model that was tuned on conversations, or its base")
+    return end
 
 
 def _tokens(tokenizer, messages: list[dict], prompt: bool) -> list[int]:

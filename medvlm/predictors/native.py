@@ -18,7 +18,7 @@ from ..encoders.base import Features
 from ..errors import ModelError
 from ..heads.mask import Masks, Prompts
 from ..imaging.scan import Image, Study, Volume
-from ..language import END, IMAGE, ROLES, SEG, Batch, Encoded, collate, encode
+from ..language import IMAGE, ROLES, SEG, Batch, Encoded, collate, encode, ends
 from ..preprocess import Frame, blend, inputs, tiles, to_tensor
 from ..sample import (
     Answer,
@@ -458,8 +458,8 @@ class NativeModel(Model):
     def _write(self, images: Mapping[str, Image | Volume], conversations: Sequence[Sequence[Turn]], most: int = 48,
                marks: bool = False) -> tuple[list[str], list[float]]:  # fmt: skip
         """Answers by ``temperature``, with <|seg|> where ``marks`` lets them be, and the probability the model gives to each as a whole."""
-        never = self.tokenizer.convert_tokens_to_ids([IMAGE, *ROLES, *([] if marks else [SEG])])
-        end = self.tokenizer.convert_tokens_to_ids(END)
+        known, end = self.tokenizer.added_tokens_encoder, ends(self.tokenizer)
+        never = [known[token] for token in (IMAGE, *ROLES, *([] if marks else [SEG])) if token in known]
         rows = [self._encoded(images, turns, False) for turns in conversations]
         if shared := self._shared(images, rows):
             tree, length = shared

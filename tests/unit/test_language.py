@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 
 from medvlm import language
 from medvlm.errors import MedVLMError
@@ -177,3 +178,27 @@ def test_weights_that_are_missing_are_an_error(tmp_path):
     with pytest.raises(MedVLMError) as e:
         build(weights=str(tmp_path))
     assert e.value.code == "BAD_CHECKPOINT" and "3 missing: model.layers.1.mlp" in e.value.message
+
+
+def published(folder, template=None):
+    """A tokenizer whose texts begin with a mark and whose template, where it has one, has role marks of its own."""
+    words = foreign.tokenizer("<bos>", "<turn>", "<eot>", bos_token="<bos>")
+    words.backend_tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", words.convert_tokens_to_ids("<bos>"))])
+    words.chat_template = template
+    words.save_pretrained(folder)
+    return language.load_tokenizer(str(folder))
+
+
+def test_a_published_tokenizer_keeps_its_marks(tok, tmp_path):
+    """Without a template of its own: the toolkit's behind its first mark. With one: answers end with that template's mark."""
+    bare = published(tmp_path / "bare")
+    ids = encode(bare, say(("user", "yes?"), ("assistant", "no")), {}).ids
+    assert ids.count(bare.bos_token_id) == 1 and ids[:2] == bare.convert_tokens_to_ids(["<bos>", "<|user|>"]) and ids[-1] == language.ends(bare)
+    assert bare.convert_ids_to_tokens(language.ends(bare)) == "<|end|>" == tok.convert_ids_to_tokens(language.ends(tok))
+    own = published(tmp_path / "own", foreign.template("<|image|>", "<turn>user ", "<turn>model ", "<eot>"))
+    row = encode(own, say(("user", "yes?"), ("assistant", "no")), {})
+    assert own.convert_ids_to_tokens(language.ends(own)) == "<eot>" and language.ends(own) in [label for label in row.labels if label >= 0]
+    own.chat_template = foreign.template("<|image|>", "user ", "model ", "")
+    with pytest.raises(MedVLMError) as e:
+        language.ends(own)
+    assert e.value.code == "BAD_CHECKPOINT"
