@@ -22,7 +22,7 @@ TARGETS = {"xray": XRAY, "fundus": ("vessels",), "pathology": ("nuclei",)}
 """{modality: what is outlined in its pictures}."""
 ELSEWHERE = {"xray": ("nuclei",), "fundus": (*XRAY, "nuclei"), "pathology": XRAY}
 """{modality: what no such picture shows}. Chests and tissue have vessels too."""
-KINDS = ("segment", "grounded", "asked", "finding", "modality")
+KINDS = {"segment": 2.0, "grounded": 2.0, "asked": 2.0, "finding": 1.0, "modality": 0.5}
 
 
 def model(tokenizer, size: int = 128, backbone: str = "regnety_002", weights: str | None = None, mask: Mapping | None = None, named: bool = True,
@@ -53,17 +53,15 @@ def model(tokenizer, size: int = 128, backbone: str = "regnety_002", weights: st
 
 
 def samples(group: list[Sample], name: str, split: str) -> Iterator[Sample]:
-    """What is asked of a picture, and what is outlined in it: one by one, all in one sentence, and what is absent.
-
-    "NAME/outlined" is what of NAME has outlines, to be drawn more often than the rest while training.
-    """
+    """What is asked and outlined of a picture, one by one and in a sentence, and what is absent; NAME/outlined: of those with outlines."""
     if "/" in name and (split != "train" or not any(s.masks for s in group)):
         return
     image = next(iter(group[0].images.values()), None)
     if isinstance(image, Image):
         absent = ELSEWHERE.get(image.modality, ())
         targets = (*TARGETS[image.modality], *absent) if image.modality in TARGETS else None
-        yield from instruct.conversations(group, targets, kinds=KINDS, annotated=instruct.ANNOTATED if image.modality == "xray" else (), absent=absent)
+        annotated = instruct.ANNOTATED if image.modality == "xray" else ()
+        yield from instruct.conversations(group, targets, None, tuple(TARGETS), kinds=KINDS, annotated=annotated, absent=absent)
 
 
 RECIPE = Recipe(
@@ -78,7 +76,7 @@ RECIPE = Recipe(
     tokenizer=towers.vocabulary,
     stages=(
         Stage("joint", "lm+mask", ("*",), {"xray_covid": 3.0, "xray_covid/outlined": 4.0, "fundus_chase": 1.0, "path_dsb_nuclei": 2.0}, lr=1e-3,
-              steps=200, batch=8, turns=3, kinds={"segment": 2.0, "grounded": 2.0, "asked": 2.0, "finding": 1.0, "modality": 0.5}, warmup=20),
+              steps=200, batch=8, turns=3, kinds=KINDS, warmup=20),
     ),
     tasks=("segment", "vqa"),
     scales={"paper": (  # InternVL2.5-1B's two parts; 8 GPUs of 4 cases, 4 times accumulated; both encoders frozen
