@@ -16,7 +16,9 @@ None for all at once and nothing computed twice. All give a scalar and raise Mod
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError
+
+_ALONE = ContextVar("alone", default=False)
 
 
 def clip_loss(image: Tensor, text: Tensor, scale: Tensor | float, tile: int | None = None) -> Tensor:
@@ -134,13 +138,27 @@ def _tiles(part: Callable, tile: int | None, *rows: Tensor) -> list:
     return [checkpoint(part, *some, **again) for some in zip(*(r.split(tile) for r in rows))]
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it, a process's pairs are all there are: nothing is gathered."""
+    before = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(before)
+
+
+def _many() -> bool:
+    return not _ALONE.get() and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if _many() else 0
 
 
 def gathered(rows: Tensor) -> Tensor:
     """(processes x n, ...): the rows (n, ...) of every process, in order of rank, with gradient; the rows themselves outside distributed runs."""
-    return _Gather.apply(rows) if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 else rows
+    return _Gather.apply(rows) if _many() else rows
 
 
 class _Gather(torch.autograd.Function):

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from ..errors import ModelError
 from ..language import Batch, keeps_apart
 from ..vlm import MedVLM, Output
-from . import checkpoint, distributed, objectives, optim, record, savers
+from . import checkpoint, contrastive, distributed, objectives, optim, record, savers
 from .batches import Batches, loader, seed_everything
 from .corpus import Corpus
 from .data import draw
@@ -318,7 +318,7 @@ class _Stage:
                 logged[name] += float(value.detach()) / (self.stage.weights.get(name, 1.0) or 1.0)
 
         if self.between is not None and len(parts) > 1:
-            labels = torch.cat([self.between.labels(part) for part in parts])
+            labels = torch.cat([self.between.labels(part) for part in parts]) if hasattr(self.between, "labels") else None
 
             def chunk(part: Batch):
                 vectors, losses, _ = forward(part, False)
@@ -356,7 +356,7 @@ class _Stage:
             for objective in self.found.values():
                 if hasattr(objective, "before"):
                     batch = objective.before(self.model, batch)
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), contrastive.alone():  # all processes look at the same pairs
                 losses = self.module(batch)[1]
             for name, value in ((k, v) for group in losses.values() for k, v in group.items()):
                 total[name].append(float(value))

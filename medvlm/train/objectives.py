@@ -5,8 +5,8 @@ Arguments after those three are a stage's ``options``. An objective may carry fu
 - ``before(model, batch) -> batch``: changes a batch before the model sees it.
 - ``count(batch) -> int``: over how many its losses are means, so that parts of a step weigh what they hold; what it does not
   count weighs by part.
-- ``vectors(model, batch, out)``, ``labels(batch)`` and ``between(model, image, text, labels, ...) -> losses``: of one whose
-  examples meet in the loss: the loop collects the vectors of a step's parts first.
+- ``vectors(model, batch, out)`` and ``between(model, image, text, labels, ...) -> losses``: of one whose examples meet in the
+  loss: the loop collects the vectors of a step's parts first, and ``labels(batch)`` where the objective has it.
 """
 
 from __future__ import annotations
@@ -187,11 +187,11 @@ def _pair_labels(batch: Batch) -> Tensor:
     return batch.targets["labels"][batch.targets["text"]["image"]]
 
 
-def _clip(model: MedVLM, image: Tensor, text: Tensor, labels: Tensor, tile: int | None = None) -> dict[str, Tensor]:
+def _clip(model: MedVLM, image: Tensor, text: Tensor, labels: None, tile: int | None = None) -> dict[str, Tensor]:
     return {"clip": clip_loss(image, text, model.heads["contrast"].scale(), tile)}
 
 
-def _siglip(model: MedVLM, image: Tensor, text: Tensor, labels: Tensor, tile: int | None = None) -> dict[str, Tensor]:
+def _siglip(model: MedVLM, image: Tensor, text: Tensor, labels: None, tile: int | None = None) -> dict[str, Tensor]:
     head = model.heads["contrast"]
     return {"siglip": siglip_loss(image, text, head.scale(), head.logit_bias, tile)}
 
@@ -200,16 +200,16 @@ def _soft(model: MedVLM, image: Tensor, text: Tensor, labels: Tensor, tile: int 
     return {"soft": soft_loss(image, text, model.heads["contrast"].scale(), labels, tile, temperature)}
 
 
-@parts.carries(vectors=vectors, labels=_pair_labels, between=_clip)
+@parts.carries(vectors=vectors, between=_clip)
 def clip(model: MedVLM, batch: Batch, out: Output, tile: int | None = None) -> dict[str, Tensor]:
     """Each picture picks its caption out of the batch, of all processes, and each caption its picture (:func:`clip_loss`)."""
-    return _clip(model, *vectors(model, batch, out), _pair_labels(batch), tile)
+    return _clip(model, *vectors(model, batch, out), None, tile)
 
 
-@parts.carries(vectors=vectors, labels=_pair_labels, between=_siglip)
+@parts.carries(vectors=vectors, between=_siglip)
 def siglip(model: MedVLM, batch: Batch, out: Output, tile: int | None = None) -> dict[str, Tensor]:
     """Each pair of a picture and a caption is told apart on its own (:func:`siglip_loss`); the head is of kind "siglip"."""
-    return _siglip(model, *vectors(model, batch, out), _pair_labels(batch), tile)
+    return _siglip(model, *vectors(model, batch, out), None, tile)
 
 
 @parts.carries(vectors=vectors, labels=_pair_labels, between=_soft)

@@ -68,7 +68,12 @@ def output(seen):
 
 
 def captions(count=5):
-    return {"ids": torch.randint(0, 11, (count, 4)), "attention": (torch.arange(4) < torch.randint(1, 5, (count, 1))).long()}
+    return {"ids": torch.randint(0, 11, (count, 4)), "attention": (torch.arange(4) < torch.randint(1, 5, (count, 1))).long(), "image": torch.arange(count)}
+
+
+def told(model, given):
+    """The captions' features."""
+    return model.encoders["text"](given.targets["text"]["ids"], given.targets["text"]["attention"])
 
 
 def contrast(kind, count=5):
@@ -78,7 +83,7 @@ def contrast(kind, count=5):
 
 def by_hand(kind, model, given, out):
     """CLIP's figure 3 and SigLIP's algorithm 1 in numpy."""
-    head, text = model.heads["contrast"], model.encoders["text"](**given.targets["text"])
+    head, text = model.heads["contrast"], told(model, given)
     one, two = (x.pooled.detach().numpy() @ p.weight.detach().numpy().T for x, p in ((out.features["picture"], head.image_projection), (text, head.text_projection)))
     one, two = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (one, two))
     n = len(one)
@@ -93,7 +98,7 @@ def by_hand(kind, model, given, out):
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_the_contrastive_loss_is_the_papers_and_teaches_every_parameter(kind):
     model, given, out = contrast(kind)
-    loss = objectives.find(kind)[0](model, given, out)
+    loss = objectives.find(kind)[kind](model, given, out)
     gap = abs(float(loss[kind].detach()) - by_hand(kind, model, given, out))
     print(f"{kind}: gap to the paper's formula {gap:.1e}")
     assert set(loss) == {kind} and gap < 1e-5
@@ -144,7 +149,7 @@ def test_pairs_are_learnt():
         optimizer.step()
     head = model.heads["contrast"]
     with torch.no_grad():
-        found = head(out.features["picture"], model.encoders["text"](**given.targets["text"]))
+        found = head(out.features["picture"], told(model, given))
     assert found.argmax(1).tolist() == found.argmax(0).tolist() == list(range(8)) and float(loss.detach()) < 0.2
 
 
@@ -155,8 +160,8 @@ def _half(rank, port, folder):
         torch.manual_seed(0)
         model, given, out = contrast(kind, 6)
         half = slice(3 * rank, 3 * rank + 3)
-        pooled, text = out.features["picture"].pooled[half], {k: v[half] for k, v in given.targets["text"].items()}
-        objectives.find(kind)[0](model, batch({"text": text}), output(features(pooled)))[kind].backward()
+        pooled, text = out.features["picture"].pooled[half], {k: v[half] for k, v in given.targets["text"].items()} | {"image": torch.arange(3)}
+        objectives.find(kind)[kind](model, batch({"text": text}), output(features(pooled)))[kind].backward()
         gradient = model.heads["contrast"].image_projection.weight.grad
         torch.distributed.all_reduce(gradient)
         if rank == 0:
@@ -174,7 +179,7 @@ def test_two_processes_learn_as_one_with_both_their_pairs(tmp_path):
     for kind in ("clip", "siglip"):
         torch.manual_seed(0)
         model, given, out = contrast(kind, 6)
-        objectives.find(kind)[0](model, given, out)[kind].backward()
+        objectives.find(kind)[kind](model, given, out)[kind].backward()
         want, got = model.heads["contrast"].image_projection.weight.grad, torch.load(tmp_path / kind, weights_only=True)
         print(f"{kind}: gap of the gradient {float((want - got).abs().max()):.1e}")
         assert torch.allclose(want, got, atol=1e-5) and want.abs().max() > 1e-3
@@ -195,12 +200,17 @@ def test_a_wrong_head_is_refused(part, args, says):
     assert e.value.code == "BAD_RECIPE" and says in e.value.message
 
 
-def test_pictures_without_their_captions_are_refused():
+def test_only_pictures_with_a_caption_are_pairs_and_a_batch_without_any_is_refused():
     model, given, out = contrast("clip")
-    given.targets["text"] = captions(4)
-    with pytest.raises(MedVLMError, match="5 pictures but 4 captions"):
-        objectives.clip(model, given, out)
-    assert objectives.clip(model, given, Output(logits=None, hidden=None, features={}, at=None)) == {}
+    whole = out.features["picture"].pooled
+    given.targets["text"] = captions(2) | {"image": torch.tensor([3, 1])}
+    two = objectives.clip(model, given, out)["clip"]
+    given.targets["text"]["image"] = torch.arange(2)
+    assert torch.equal(two, objectives.clip(model, given, output(features(whole[[3, 1]])))["clip"])
+    for nothing in (batch({}), given):
+        with pytest.raises(MedVLMError) as e:
+            objectives.clip(model, nothing, out if nothing is not given else Output(logits=None, hidden=None, features={}, at=None))
+        assert e.value.code == "BAD_RECIPE" and "captions" in e.value.message
 
 
 def boxes(*rows):
@@ -476,7 +486,7 @@ mask[0, :32] = 1
 words = torch.ones(2, 6, dtype=torch.bool)
 batch = Batch(torch.ones(2, 6, dtype=torch.long), None, None, seg=torch.tensor([[0, 5], [1, 5]]), seg_words=words, targets={"mask": mask})
 out = Output(logits=None, hidden=torch.randn(2, 6, 32), features={}, at=None)
-(learn,) = objectives.find("area")
+(learn,) = objectives.find("area").values()
 optimizer = torch.optim.Adam(model.heads.parameters(), lr=0.1)
 for _ in range(30):
     optimizer.zero_grad()
@@ -546,9 +556,9 @@ def test_a_whole_model_learns_captions_and_places_at_once():
     said = tokenizer(["Consolidation on the right.", "No cardiomegaly."], padding=True, return_tensors="pt")
     target = torch.zeros(2, 64, 64)
     target[0, 8:30, 9:20] = 1
-    given.targets = {"text": {"ids": said["input_ids"], "attention": said["attention_mask"]}, "mask": target, "present": torch.tensor([1.0, 0.0])}
+    given.targets = {"text": {"ids": said["input_ids"], "attention": said["attention_mask"], "image": torch.arange(len(said["input_ids"]))}, "mask": target, "present": torch.tensor([1.0, 0.0])}
     out = model(**given.inputs())
-    losses = {k: v for o in objectives.find("lm+clip+box") for k, v in o(model, given, out).items()}
+    losses = {k: v for o in objectives.find("lm+clip+box").values() for k, v in o(model, given, out).items()}
     assert set(losses) == {"lm", "clip", "place", "place_present"}
     sum(losses.values()).backward()
     still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum()]

@@ -324,7 +324,7 @@ def classified(labels, groups=(("a", "b"),)):
     """Losses and the gradient at each logit of the head for one picture with these labels (a, b, c, d)."""
     head = ClassifyHead(4, ("a", "b", "c", "d"), groups, dropout=0.0)
     features = Features(torch.randn(1, 3, 4), (1, 3), torch.randn(1, 4))
-    model = type("M", (), {"heads": {"classify": head}})()
+    model = type("M", (), {"heads": {"classify": head}, "encoders": {"picture": None}})()
     losses = objectives.classify(model, Batch(None, None, None, targets={"labels": torch.tensor([labels])}), Output(features={"picture": features}))
     if losses:
         sum(losses.values()).backward()
