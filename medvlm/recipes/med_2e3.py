@@ -16,10 +16,10 @@ from .base import Recipe, Stage
 
 KINDS = ("asked", "finding", "report", "caption")
 MODALITIES = ("ct", "mr")
-VOLUME = {"size": (24, 64, 64), "windows": (), "unit": "display", "net": "resnet",
-          "model": {"layers": (1, 1, 1, 1), "block_inplanes": (16, 32, 64, 128), "conv1_t_size": (3, 7, 7), "conv1_t_stride": (1, 4, 4), "no_max_pool": True}}
-SLICES = {"size": (12, 64, 64), "unit": "display", "chunk": 96,
-          "encoder": {"model": {"name": "resnet18", "layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128), "stem_type": "deep", "stem_width": 8}}}  # fmt: skip
+VOLUME = {"size": (24, 64, 64), "windows": (), "unit": "display", "net": "resnet", "model": {
+    "layers": (1, 1, 1, 1), "block_inplanes": (16, 32, 64, 128), "conv1_t_size": (3, 7, 7), "conv1_t_stride": (1, 4, 4), "no_max_pool": True}}  # fmt: skip
+SLICES = {"size": (12, 64, 64), "unit": "display", "chunk": 96, "encoder": {"model": {
+    "name": "resnet18", "layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128), "stem_type": "deep", "stem_width": 8}}}  # fmt: skip
 """Arguments of encoders/volume.py and encoders/slices.py: nets small enough to learn from nothing, for slices of 64 pixels."""
 
 
@@ -50,18 +50,19 @@ def samples(group: list[Sample], name: str, split: str) -> Iterator[Sample]:
 
 RECIPE = Recipe(
     name="med_2e3",
-    source="Med-2E3, Shi et al. 2024, arXiv:2411.12783; figures of the paper's scale: scripts/train/pretrain.sh and finetune.sh of MSIIP/Med-2E3",
-    departs="tokens join as there, the 3-D ones and then one slice's worth of 2-D ones, but a slice is scored by its own 2-D tokens alone, without the 3-D slab "
-    "around it, and by the question's mean word embedding instead of the 3-D encoder's text tower (all of it: projectors/interslice.py); projectors begin "
-    "with a LayerNorm, and 3-D tokens are read after the final norm; volumes are scaled to fit, never squashed, cropped or flipped; at scale tiny nothing is "
-    "published, so both stages train every part, and the 3-D net sees each volume at twice its depth",
+    source="Med-2E3, Shi et al. 2024, arXiv:2411.12783; the paper's scale: scripts/train/pretrain.sh and finetune.sh of MSIIP/Med-2E3",
+    departs="tokens join as there, those of the volume and then one slice's worth of 2-D ones; but a slice is scored by its own 2-D tokens alone, without the "
+    "3-D slab around it, against the mean embedding of the question's words, without the 3-D encoder's text tower (more: projectors/interslice.py); "
+    "projectors begin with a LayerNorm, 3-D tokens are read after the final norm; volumes keep their proportions and are neither cropped nor flipped; "
+    "at scale tiny nothing is published: both stages train every part, and the two encoders see 24 and 12 slices",
     model=model,
     samples=samples,
     tokenizer=towers.vocabulary,
     stages=(
-        Stage("align", "lm", {"*": 1.0}, {"volumes": 1.0}, lr=1e-3, steps=60, batch=8, turns=1, kinds={"asked": 0.0, "finding": 0.0}, augment=0.0, warmup=20),
-        Stage("tune", "lm", {"*": 1.0}, {"volumes": 1.0}, lr=1e-3, steps=320, batch=8, turns=8, kinds={"asked": 12.0, "finding": 5.0, "report": 0.02, "caption": 0.1},
-              augment=0.0, warmup=20),
+        Stage("align", "lm", {"*": 1.0}, {"volumes": 1.0}, lr=1e-3, steps=150, batch=8, turns=2, kinds={"asked": 0.0, "finding": 0.0}, augment=0.0,
+              warmup=20),
+        Stage("tune", "lm", {"*": 1.0}, {"volumes": 1.0}, lr=1e-3, steps=300, batch=8, turns=8,
+              kinds={"asked": 12.0, "finding": 5.0, "report": 0.02, "caption": 0.1}, augment=0.0, warmup=20),
     ),
     tasks=("vqa", "probe", "report"),
     scales={"paper": (
@@ -71,6 +72,7 @@ RECIPE = Recipe(
         "args.seen=[768, 1024]", "args.pool=[2, 2, 2]", "args.lm=microsoft/Phi-3-mini-128k-instruct", "args.dim=3072",
         'stages.align.train={"projectors.*": 1}', "stages.align.epochs=3", "stages.align.batch=64", "stages.align.lr=1e-4", "stages.align.chunk=8",
         'stages.tune.train={"*": 1, "encoders.volume.*": 0}', "stages.tune.epochs=4", "stages.tune.batch=128", "stages.tune.lr=5e-5", "stages.tune.turns=1",
-        "stages.align.weight_decay=0", "stages.tune.weight_decay=0", "stages.align.augment=1", "stages.tune.augment=1",
+        "stages.tune.chunk=8", "stages.align.weight_decay=0", "stages.tune.weight_decay=0", "stages.align.augment=1", "stages.tune.augment=1",
+        "stages.align.turns=1", 'stages.tune.kinds={}',
     )},
 )  # fmt: skip
