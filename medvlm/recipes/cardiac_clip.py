@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,7 +17,8 @@ SHAPES = ("disc", "square", "ring", "bar", "cross")
 """Findings of the made volumes (medvlm/datasets/shapes.py)."""
 ATTRIBUTES = ("right", "left", "upper", "middle", "lower", "small", "large", "dim", "bright")
 """Words of place, size and brightness that tell two cases with the same findings apart."""
-CARDIAC = ("calcified plaque", "stenosis", "aortic wall calcification", "atherosclerosis", "cardiomegaly", "pericardial effusion", "pulmonary hypertension")
+CARDIAC = ('["calcified plaque", "stenosis", "aortic wall calcification", "atherosclerosis", "cardiomegaly", "pericardial effusion", '
+           '"pulmonary hypertension"]')  # fmt: skip
 """Findings that the paper's code asks for (Sliver-g/Cardiac-CLIP, inference.py)."""
 
 
@@ -83,7 +83,7 @@ RECIPE = Recipe(
     scales={"paper": (
         "args.size=[128,144,144]", "args.patch=8", "args.dim=768", "args.layers=12", "args.heads=12", "args.decoder=[384,5,6]",
         "args.lm=microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext", "args.text_dim=768", "args.embed=768",
-        "args.window=[0,2048]", f"args.findings={json.dumps(CARDIAC)}",
+        "args.window=[0,2048]", f"args.findings={CARDIAC}",
         'stages.restore.train={"encoders.volume.*": 1.0, "heads.restore.*": 5.0}', 'stages.pair.train={"encoders.*": 1.0, "heads.contrast.*": 5.0}',
         *(f"stages.{stage}.{setting}" for stage in ("restore", "pair") for setting in (
             "epochs=10", "batch=16", "lr=1e-5", "warmup=1298", "weight_decay=0.01", "every=2597")),
