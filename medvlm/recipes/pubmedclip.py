@@ -72,8 +72,8 @@ RECIPE = Recipe(
     samples=samples,
     tokenizer=tokenizer,
     stages=(
-        Stage("pair", "clip", ("encoders.*", "heads.*"), PICTURES, lr=1e-3, steps=120, batch=64, turns=0, warmup=20),
-        Stage("ask", "lm", {"encoders.picture.*": 0.1, "projectors.*": 1.0, "lm.*": 1.0}, {**PICTURES, "vqa_rad": 12.0}, lr=1e-3, steps=200, batch=16,
+        Stage("pair", "clip", ("encoders.*", "heads.*"), PICTURES, lr=1e-3, steps=110, batch=64, turns=0, warmup=20),
+        Stage("ask", "lm", {"encoders.picture.*": 0.1, "projectors.*": 1.0, "lm.*": 1.0}, {**PICTURES, "vqa_rad": 12.0}, lr=1e-3, steps=150, batch=16,
               turns=3, kinds={"asked": 4.0, "facts": 0.0}, warmup=20),
     ),
     tasks=("retrieve_facts", "zeroshot", "vqa"),
