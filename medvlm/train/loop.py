@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -75,6 +76,7 @@ def _train(recipe, data, out, resume, seed, device, precision, save_minutes, wor
     if shard and any(stage.lora for stage in recipe.stages):
         raise ModelError("adapters (lora) cannot be put into a model whose parameters are split", "BAD_RECIPE", "leave out --shard: with LoRA most parameters are frozen")
     distributed.refuse_ignored_fsdp("cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda")
+    AcceleratorState._reset_state()  # else a second run of this process must have the first one's precision
     accelerator = Accelerator(
         mixed_precision=precision, cpu=device == "cpu" or not torch.cuda.is_available(),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],

@@ -13,24 +13,61 @@ import torch
 from safetensors.torch import load_file
 
 from medvlm.errors import MedVLMError
+from medvlm.recipes.base import override
 from medvlm.train import checkpoint
 from medvlm.train.loop import train
 from medvlm.vlm import MedVLM
 
 TESTS = Path(__file__).parents[1]
-RUN = """
-import sys, json, dataclasses
-import torch
-from accelerate.state import AcceleratorState
+# batch statistics and dropout are each process's own, so both are off; what is left is arithmetic
+PAIR = ("stages.pair.steps=3", "stages.pair.batch=8")
+TUNE = ("stages.see.steps=3", "stages.see.batch=4", "stages.see.objective=lm", "stages.see.train={\"lm.*\": 1, \"projectors.*\": 1}", "stages.see.augment=0.5",
+        "stages.speak.steps=1", "stages.speak.batch=4")  # fmt: skip
+RUNS = {
+    "clip": ("CONTRAST", PAIR, {}), "clip in chunks": ("CONTRAST", (*PAIR, "stages.pair.chunk=2"), {}),
+    "tuning": ("RECIPE", TUNE, {}), "tuning in chunks, packed": ("RECIPE", (*TUNE, "stages.see.chunk=1", "stages.see.pack=200"), {}),
+    "split": ("RECIPE", TUNE, {"shard": True}), "split, stopped": ("RECIPE", TUNE, {"shard": True}), "split, resumed": ("RECIPE", TUNE, {"shard": True, "resume": True}),
+}  # fmt: skip
+"""{name: (recipe of drawn.py, settings, arguments of train)}: one launch of two processes makes them all, as starting one takes long."""
+ALL = """
+import json, os, shutil, signal, sys
+from pathlib import Path
 import drawn
+import medvlm.train.batches as batches
+import medvlm.train.distributed as distributed
+import torch
 from medvlm.recipes.base import override
 from medvlm.train.loop import train
+from torch.distributed.tensor import DTensor
 
-recipe, root, out, options, more = sys.argv[1:]
-recipe = override(getattr(drawn, recipe), json.loads(options))
-train(recipe, root, out, device="cpu", precision="no", **json.loads(more))
-if torch.distributed.is_initialized():
-    torch.distributed.destroy_process_group()
+root, out, runs = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+shard, draw = distributed.shard, batches.draw
+
+def seen(module, inner):
+    split = shard(module, inner)
+    assert all(isinstance(p.data, DTensor) for p in inner.parameters()), "a parameter is whole"
+    return split
+
+def stops(*args):
+    stops.left -= 1
+    if stops.left == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return draw(*args)
+
+distributed.shard = seen
+for name, (recipe, settings, more) in runs.items():
+    stops.left, batches.draw = 2, stops if name == "split, stopped" else draw
+    place = out / name
+    if name == "split, resumed":
+        place = out / "split, stopped"
+    try:
+        train(override(getattr(drawn, recipe), settings), root, place, device="cpu", precision="no", **more)
+    except KeyboardInterrupt:
+        assert name == "split, stopped" and not (place / "model").exists()
+        if distributed.rank() == 0:
+            shutil.copytree(place / "checkpoints", out / "as stopped")
+        distributed.wait()
+torch.distributed.destroy_process_group()
 """
 
 
@@ -39,96 +76,59 @@ def root(tmp_path_factory) -> Path:
     return drawn.write(tmp_path_factory.mktemp("data"), count=18)
 
 
-def run(processes, recipe, root, out, settings=(), fails=False, code=RUN, **more):
-    script = out.parent / f"{out.name}.py"
-    script.write_text(code)
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run([*start, str(script), recipe, str(root), str(out), json.dumps(settings), json.dumps(more)], capture_output=True, text=True, timeout=240,
-                          env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"})  # fmt: skip
-    if fails:
-        return done
+@pytest.fixture(scope="module")
+def both(root, tmp_path_factory) -> Path:
+    """The runs of two processes, by name."""
+    out = tmp_path_factory.mktemp("both")
+    (out / "all.py").write_text(ALL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(out / "all.py"), str(root), str(out), json.dumps(RUNS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
-    return load_file(out / "checkpoints/last/model.safetensors") if (out / "checkpoints/last/model.safetensors").exists() else None
+    return out
 
 
-# batch statistics and dropout are each process's own, so both are off; what is left is arithmetic
-PLAIN = ["stages.pair.steps=3", "stages.pair.batch=8"]
-TUNE = ["stages.see.steps=3", "stages.see.batch=4", "stages.see.objective=lm", "stages.see.train={\"lm.*\": 1, \"projectors.*\": 1}", "stages.see.augment=0.5",
-        "stages.speak.steps=1", "stages.speak.batch=4"]  # fmt: skip
+def weights(run):
+    return load_file(run / "checkpoints/last/model.safetensors")
 
 
-@pytest.mark.parametrize(("recipe", "settings"), [("CONTRAST", PLAIN), ("CONTRAST", [*PLAIN, "stages.pair.chunk=2"]), ("RECIPE", TUNE), ("RECIPE", [*TUNE, "stages.see.chunk=1", "stages.see.pack=200"])],
-                         ids=["clip", "clip in chunks", "tuning", "tuning in chunks, packed"])  # fmt: skip
-def test_two_processes_take_the_steps_of_one(root, tmp_path, recipe, settings):
-    alone, both = run(1, recipe, root, tmp_path / "one", settings), run(2, recipe, root, tmp_path / "two", settings)
-    assert alone.keys() == both.keys()
+@pytest.mark.parametrize("name", ["clip", "clip in chunks", "tuning", "tuning in chunks, packed"])
+def test_two_processes_take_the_steps_of_one(root, both, tmp_path, name):
+    recipe, settings, _ = RUNS[name]
+    train(override(getattr(drawn, recipe), settings), root, tmp_path / "one", device="cpu", precision="no")
+    mine, theirs = weights(tmp_path / "one"), weights(both / name)
+    assert mine.keys() == theirs.keys()
     moved = 0
     torch.manual_seed(0)
     start = MedVLM(getattr(drawn, recipe).model(tiny.tokenizer())).state_dict()
-    for name in alone:
-        if name.endswith(("k_proj.bias", "key.bias")):  # softmax does not see it: its gradient is rounding, which Adam makes steps of
+    for part in mine:
+        if part.endswith(("k_proj.bias", "key.bias")):  # softmax does not see it: its gradient is rounding, which Adam makes steps of
             continue
-        torch.testing.assert_close(both[name], alone[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-        moved += bool(alone[name].is_floating_point() and (alone[name] - start[name]).abs().max() > 1e-4)
+        torch.testing.assert_close(theirs[part], mine[part], rtol=0, atol=1e-5, msg=lambda m, n=part: f"{n}: {m}")
+        moved += bool(mine[part].is_floating_point() and (mine[part] - start[part]).abs().max() > 1e-4)
     assert moved > 5
-    one, two = ([json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
+    one, two = ([json.loads(x) for x in (run / "log.jsonl").read_text().splitlines()] for run in (tmp_path / "one", both / name))
     for a, b in zip(one, two, strict=True):
         assert {k: v for k, v in a.items() if k in ("clip", "lm")} == pytest.approx({k: v for k, v in b.items() if k in ("clip", "lm")}, abs=2e-4)
 
 
-SPLIT = """
-import medvlm.train.distributed as distributed
-from torch.distributed.tensor import DTensor
-
-real = distributed.shard
-
-def seen(module, inner):
-    split = real(module, inner)
-    assert all(isinstance(p.data, DTensor) for p in inner.parameters()), "a parameter is whole"
-    print("parameters are DTensors", sum(1 for _ in inner.parameters()))
-    return split
-
-distributed.shard = seen
-"""
-
-
-def test_split_parameters_train_alike_and_one_process_reads_their_state(root, tmp_path):
-    settings = [*TUNE, "stages.see.steps=3"]
-    run(2, "RECIPE", root, tmp_path / "split", settings, code=RUN.replace("recipe, root", SPLIT + "\nrecipe, root", 1), shard=True)
-    whole = run(2, "RECIPE", root, tmp_path / "whole", settings)
-    last = checkpoint.newest(tmp_path / "split/checkpoints")
+def test_split_parameters_train_alike_and_one_process_reads_their_state(both):
+    """That every parameter was a DTensor is asserted where it ran."""
+    whole, last = weights(both / "tuning"), checkpoint.newest(both / "split/checkpoints")
     assert (last / "shards").is_dir() and not (last / "model.safetensors").exists()
     torch.manual_seed(5)
     model = MedVLM(drawn.config(tiny.tokenizer()))
     checkpoint.restore(last, model)  # this process is alone
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, whole[name], rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    ours, theirs = (load_file(tmp_path / n / "model/model.safetensors") for n in ("split", "whole"))
+    ours, theirs = (load_file(both / n / "model/model.safetensors") for n in ("split", "tuning"))
     assert ours.keys() == theirs.keys() and all((ours[k].float() - theirs[k].float()).abs().max() < 2e-3 for k in ours)
 
 
-def test_split_parameters_resume(root, tmp_path):
+def test_split_parameters_resume(both):
     """Stopped after two steps and started again: the weights of a run that was not stopped."""
-    stop = RUN.replace("recipe, root", """
-import os, signal
-import medvlm.train.batches as batches
-real, done = batches.draw, [0]
-
-def draw(*args):
-    done[0] += 1
-    if done[0] == 2:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return real(*args)
-
-batches.draw = draw
-recipe, root""", 1)  # fmt: skip
-    stopped = run(2, "RECIPE", root, tmp_path / "run", TUNE, fails=True, code=stop, shard=True)
-    assert stopped.returncode != 0 and not (tmp_path / "run/model").exists()
-    assert checkpoint.read_state(checkpoint.newest(tmp_path / "run/checkpoints"))["step"] == 2
-    run(2, "RECIPE", root, tmp_path / "run", TUNE, shard=True, resume=True)
-    run(2, "RECIPE", root, tmp_path / "whole", TUNE, shard=True)
-    ours, theirs = (load_file(tmp_path / n / "model/model.safetensors") for n in ("run", "whole"))
-    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert checkpoint.read_state(both / "as stopped/last")["step"] == 2
+    ours, theirs = (load_file(both / n / "model/model.safetensors") for n in ("split, stopped", "split"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
 def test_fsdp_that_accelerate_would_ignore_is_refused(root, tmp_path, monkeypatch):

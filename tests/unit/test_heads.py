@@ -3,7 +3,6 @@
 import math
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -151,38 +150,6 @@ def test_pairs_are_learnt():
     with torch.no_grad():
         found = head(out.features["picture"], told(model, given))
     assert found.argmax(1).tolist() == found.argmax(0).tolist() == list(range(8)) and float(loss.detach()) < 0.2
-
-
-def _half(rank, port, folder):
-    """One of two processes with three of six pairs each; the first one leaves the mean of both gradients."""
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for kind in ("clip", "siglip"):
-        torch.manual_seed(0)
-        model, given, out = contrast(kind, 6)
-        half = slice(3 * rank, 3 * rank + 3)
-        pooled, text = out.features["picture"].pooled[half], {k: v[half] for k, v in given.targets["text"].items()} | {"image": torch.arange(3)}
-        objectives.find(kind)[kind](model, batch({"text": text}), output(features(pooled)))[kind].backward()
-        gradient = model.heads["contrast"].image_projection.weight.grad
-        torch.distributed.all_reduce(gradient)
-        if rank == 0:
-            torch.save(gradient / 2, folder / kind)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of open_clip
-def test_two_processes_learn_as_one_with_both_their_pairs(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(_half, (port, tmp_path), nprocs=2)
-    for kind in ("clip", "siglip"):
-        torch.manual_seed(0)
-        model, given, out = contrast(kind, 6)
-        objectives.find(kind)[kind](model, given, out)[kind].backward()
-        want, got = model.heads["contrast"].image_projection.weight.grad, torch.load(tmp_path / kind, weights_only=True)
-        print(f"{kind}: gap of the gradient {float((want - got).abs().max()):.1e}")
-        assert torch.allclose(want, got, atol=1e-5) and want.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from medvlm.errors import MedVLMError
+from medvlm.recipes.base import override
 from medvlm.train import checkpoint, record
 from medvlm.train.loop import train
 
@@ -39,7 +40,10 @@ def environment():
 
 
 def test_killed_three_times_at_random_moments_the_weights_are_the_same_bit_for_bit(root, tmp_path):
-    subprocess.run(command(root, tmp_path / "whole"), env=environment(), check=True, capture_output=True, timeout=240)
+    here = lambda out, **more: train(override(drawn.RECIPE, SETTINGS), root, out, device="cpu", precision="no", **more)  # noqa: E731
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes below
+    here(tmp_path / "whole")
     seed = random.SystemRandom().randrange(10**6)
     lot, out, kills = random.Random(seed), tmp_path / "killed", 0
     for moment in sorted(lot.sample(range(2, 20), 3)):  # steps of the whole run after which the kill comes, and a while
@@ -53,7 +57,8 @@ def test_killed_three_times_at_random_moments_the_weights_are_the_same_bit_for_b
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
-    subprocess.run(command(root, out, "--resume"), env=environment(), check=True, capture_output=True, timeout=240)
+    here(out, resume=True)
+    torch.set_num_threads(threads)
     assert kills == 3, f"seed {seed}"
     one, other = (load_file(tmp_path / n / "checkpoints/last/model.safetensors") for n in ("whole", "killed"))
     assert one.keys() == other.keys() and [n for n in one if not torch.equal(one[n], other[n])] == [], f"seed {seed}"
