@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import json
 import math
-import resource
 import signal
 import sys
 import time
@@ -206,6 +205,7 @@ class _Stage:
         if not self.sources:
             raise ModelError(f"stage {stage.name}: none of {', '.join(stage.data)} holds anything to learn from", "BAD_RECIPE", "check --data and the sets' splits")
         self.val = [c for name in self.sources for c in val[name].all() if c.turns or c.pictures]
+        np.random.default_rng(seed).shuffle(self.val)  # pairs of one kind only would be hard for a contrastive loss to tell apart
         self.between = next((f for f in found.values() if hasattr(f, "vectors")), None)
         self.start, self.best, self.misses, self.skipped = 0, math.inf, 0, 0
 
@@ -281,7 +281,7 @@ class _Stage:
             if step % 20 == 19 or step + 1 == stage.steps:
                 mean = {k: round(v, 4) for k, v in distributed.mean({k: float(np.mean(v)) for k, v in total.items()}).items()}
                 rate = (step + 1 - self.start) * stage.batch / (time.monotonic() - began)
-                memory = _gigabytes()
+                memory = record.gigabytes()
                 bar.set_postfix(mean | {"images/s": round(rate, 1), "GB": memory})
                 rates = {"lr": stage.lr * optim.schedule(step, stage.steps, stage.warmup), "rate": round(rate, 2), "skipped": self.skipped, "memory": memory}
                 self.log.write(stage.name, step + 1, "train", **rates, **mean)
@@ -380,13 +380,6 @@ class _Stage:
         else:
             self.misses += 1
         return self.stage.patience is not None and self.misses >= self.stage.patience
-
-
-def _gigabytes() -> float:
-    """The most memory used so far: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 / (1024 if sys.platform == "darwin" else 1), 2)
 
 
 class _StopOnSignal:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import subprocess
+import sys
 from collections import defaultdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,6 +41,15 @@ def git(folder: Path) -> dict | None:
         return {"commit": ask("rev-parse", "HEAD").strip(), "changed": len(ask("status", "--porcelain", "--untracked-files=no").splitlines())}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def gigabytes() -> float:
+    """The most memory used so far: of the GPU where there is one, else of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20), 2)
 
 
 class Log:
