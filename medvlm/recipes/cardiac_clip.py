@@ -75,8 +75,8 @@ RECIPE = Recipe(
     samples=samples,
     tokenizer=towers.vocabulary,
     stages=(
-        Stage("restore", "restore", ("encoders.volume.*", "heads.restore.*"), {"volumes": 1.0}, lr=1.5e-3, steps=200, batch=64, augment=0.0, warmup=20, every=100),
-        Stage("pair", "soft", ("encoders.*", "heads.contrast.*"), {"volumes": 1.0}, lr=1e-3, steps=240, batch=64, augment=0.0, warmup=20, every=80,
+        Stage("restore", "restore", ("encoders.volume.*", "heads.restore.*"), {"volumes": 1.0}, lr=1.5e-3, steps=200, batch=32, augment=0.0, warmup=20, every=100),
+        Stage("pair", "soft", ("encoders.*", "heads.contrast.*"), {"volumes": 1.0}, lr=1e-3, steps=240, batch=32, augment=0.0, warmup=20, every=80,
               options={"soft": {"temperature": 1.0}}),
     ),
     tasks=("zeroshot", "retrieve", "linear_probe"),
