@@ -28,7 +28,7 @@ from medvlm.sample import Sample, Turn
 from medvlm.train.loop import train
 from medvlm.vlm import MedVLMConfig
 
-WORDS = [f"w{i}" for i in range(200)]
+WORDS = [a + b for a in "bcdfghjklmnpqrst" for b in "aeiouy"]
 BATCH, WIDTH = 16, 4096
 FLOORS = {"packed": 1.9, "padded": 1.0}
 

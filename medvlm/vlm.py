@@ -192,7 +192,7 @@ class MedVLM(PreTrainedModel, GenerationMixin):
             ModelError: PLACEHOLDERS when a row does not hold as many as its images give.
         """
         embeds = self.lm.get_input_embeddings()(ids)
-        order, where = [at for at in order if at[0] in self.projectors], ids == self.config.image_token_id
+        order, where = [at for at in order if at[0] in self.projectors], ids == (-1 if self.config.image_token_id is None else self.config.image_token_id)
         rows = self._rows(where, order)
         asked = words if words is not None else ~where
         tokens: dict[int, Tensor] = {}

@@ -101,7 +101,7 @@ def _case(model: MedVLM, tokenizer, row: str, members: Sequence[Sample]) -> Case
         if turn.kind in CAPTIONS and sample.answer:
             case.captions.append(model.encoders["text"].ids(tokenizer, sample.answer) if "text" in model.encoders else caption(tokenizer, sample.answer))
         if model.lm is not None:
-            turn.encoded = encode(tokenizer, sample, counts)
+            turn.encoded = encode(tokenizer, sample, counts, limit=max(2048, getattr(model.lm.config, "max_position_embeddings", 0)))
             if len(turn.targets) != marks:
                 raise ModelError(f"sample {sample.id} asks for {marks} masks and has {len(turn.targets)}", "BAD_DATASET", "one mask or region for each <|seg|>")
             case.turns.append(turn)

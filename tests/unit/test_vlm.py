@@ -17,7 +17,7 @@ from medvlm.predictors import load
 from medvlm.preprocess import to_tensor
 from medvlm.sample import Sample, Turn
 from medvlm.train import objectives
-from medvlm.vlm import MedVLM, build_part
+from medvlm.vlm import MedVLM, MedVLMConfig, build_part
 
 
 @pytest.fixture(scope="module")
@@ -265,3 +265,12 @@ def test_a_device_that_is_not_there_is_a_named_error(tiny_folder):
         with pytest.raises(MedVLMError) as e:
             load(tiny_folder, device)
         assert e.value.code == "BAD_ARGUMENT" and device in e.value.message
+
+
+def test_a_model_of_text_alone_needs_no_image_token():
+    tokenizer = tiny.tokenizer()
+    parts = {"language": tiny.config(tokenizer).parts["language"]}
+    model = MedVLM(MedVLMConfig(parts)).eval()
+    ids = torch.tensor([tokenizer("Is there consolidation?")["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, model.lm(ids).logits)
