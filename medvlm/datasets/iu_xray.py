@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import ModelError
 from ..sample import Sample
 from .base import Dataset
-from .records import HINT, picture, refuse, samples_of
+from .records import HINT, in_words, picture, refuse, samples_of
 
 REPORTS = ("ecgen-radiology", "NLMCXR_reports/ecgen-radiology", "reports/ecgen-radiology")
 MESH = {"mesh_major": ".//MeSH/major", "mesh_auto": ".//MeSH/automatic"}
@@ -65,7 +65,7 @@ def _report(file: Path) -> tuple[dict[str, Any], list[str]]:
         name, text = (part.get("Label") or "").strip().lower(), "".join(part.itertext()).strip()
         if name and text:
             sections[name] = f"{sections[name]} {text}" if name in sections else text
-    text = "\n".join(f"{name.upper()}: {sections[name]}" for name in ("findings", "impression") if name in sections)
+    text = in_words(sections)
     labels = {key: [m.text.strip() for m in root.iterfind(path) if m.text] for key, path in MESH.items()}
     images = list(root.iter("parentImage"))
     exam = next((c.strip() for i in images if (c := i.findtext("caption"))), None)

@@ -16,7 +16,7 @@ from ..evaluate.labeller import sections
 from ..sample import Sample
 from .base import Dataset
 from .chexpert import findings, viewed
-from .records import picture, read_csv, refuse, samples_of, unique
+from .records import in_words, picture, read_csv, refuse, samples_of, unique
 
 SPLITS = {"train": "train", "val": "validate", "test": "test"}
 LABELLERS = ("chexpert", "negbio")
@@ -56,11 +56,6 @@ def samples(folder: Path, split: str) -> Iterator[Sample]:
                **_report(folder, place, found[0]), "findings": next((known for known, _ in said.values()), {}),
                "labels": {name: written for name, (_, written) in said.items()}}  # fmt: skip
         yield from viewed(samples_of(row, files, found), views)
-
-
-def in_words(parts: Mapping[str, str]) -> str:
-    """Findings and impression of a report under their headings, "" where it has neither."""
-    return "\n".join(f"{name.upper()}: {parts[name]}" for name in ("findings", "impression") if parts.get(name))
 
 
 def _report(folder: Path, place: str, record: Mapping[str, str]) -> dict[str, Any]:

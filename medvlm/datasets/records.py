@@ -8,7 +8,7 @@ import hashlib
 import json
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -248,6 +248,11 @@ def _decoded(source: Inside, modality: str | None, at: str) -> Image:
             return read(file, modality=modality).image()
     except MedVLMError as error:
         raise ModelError(f"{at}: its picture cannot be read ({error.code})", "BAD_DATASET", HINT) from None  # the cause names the file
+
+
+def in_words(parts: Mapping[str, str]) -> str:
+    """Findings and impression of a report under their headings, "" where it has neither."""
+    return "\n".join(f"{name.upper()}: {parts[name]}" for name in ("findings", "impression") if parts.get(name))
 
 
 def by_picture(records: Sequence[dict[str, Any]], field: str) -> dict[str, list[dict[str, Any]]]:

@@ -91,9 +91,9 @@ class Corpus:
         data, make = self.sets[name], self._make(name, "train", model, tokenizer)
         if not data.streamed:
             return Cases(name, self.held[name]["train"], make, room() // len(self.names), self.bad)
-        split = "train" if data.length("train", None, 0) else None
+        split = "train" if data.count("train") else None
         read = lambda epoch, part, skip: data.stream(split, seed, epoch, part, skip)  # noqa: E731
-        return Stream(name, read, data.length(split, None, 0), lambda epoch, part: data.length(split, seed, epoch, part), make)
+        return Stream(name, read, data.count(split), lambda epoch, part: data.length(split, seed, epoch, part), make)
 
     def _make(self, name: str, split: str, model, tokenizer):
         twins = split == "train" and any(stage.flip > 0 for stage in self.recipe.stages if name in stage.data)
