@@ -1,7 +1,7 @@
 """Instruction tuning on conversations of medical VQA's lengths: this toolkit's loop beside transformers' Trainer, same language model.
 
 Lengths: 0 to 4 images of 256 tokens each and a lognormal number of words (median 60), 16 conversations a step, drawn at
-random. ``packed``: medvlm.train with rows of 4096 tokens that conversations share. ``padded``: medvlm.train, a row each.
+random. ``packed``: medvlm.train with rows that conversations share, up to 16,384 tokens long. ``padded``: medvlm.train, a row each.
 ``Trainer``: transformers' Trainer and its padding collator, as LLaVA's. All three see every conversation twice, with AdamW,
 cosine rate, clipping at 1, and bf16 autocast; what is compared is useful tokens (all but padding) a second of the steps
 alone. Image tokens stand in the prompt as words, so that the language model alone is timed. Rules: pairs.py.
@@ -29,7 +29,7 @@ from medvlm.train.loop import train
 from medvlm.vlm import MedVLMConfig
 
 WORDS = [a + b for a in "bcdfghjklmnpqrst" for b in "aeiouy"]
-BATCH, WIDTH = 16, 4096
+BATCH, WIDTH = 16, 16384
 FLOORS = {"packed": 1.9, "padded": 1.0}
 
 
@@ -48,7 +48,7 @@ def conversations(count: int) -> list[dict]:
 
 def shape(tokenizer) -> dict:
     return {"model_type": "llama", "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 4,
-            "max_position_embeddings": WIDTH, "vocab_size": len(tokenizer), "tie_word_embeddings": True, "pad_token_id": tokenizer.pad_token_id,
+            "max_position_embeddings": 4096, "vocab_size": len(tokenizer), "tie_word_embeddings": True, "pad_token_id": tokenizer.pad_token_id,
             "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     tokenizer = train_tokenizer([" ".join(WORDS)] * 50, vocab_size=700)
     rows = conversations(args.count)
     samples = [Sample(r["id"], turns=(Turn("user", q["question"]), Turn("assistant", q["answer"]))) for r in rows for q in r["qa"]]
-    encoded = [encode(tokenizer, s, {}, limit=WIDTH) for s in samples]
+    encoded = [encode(tokenizer, s, {}, limit=4096) for s in samples]
     useful, steps = 2 * sum(len(e.ids) for e in encoded), 2 * args.count // BATCH
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "data/words"

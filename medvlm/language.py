@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import ModelError
@@ -67,6 +68,8 @@ def load_tokenizer(weights: str):
         tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"the tokenizer of {weights!r} cannot be read: {(str(error).splitlines() or [''])[0][:200]}", "BAD_CHECKPOINT") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"the tokenizer of {weights!r} does not say where its tokens stand in a text", "BAD_CHECKPOINT", "save it with a tokenizer.json")
     own = [] if tokenizer.chat_template else [END, *ROLES]
     begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     tokenizer.chat_template = tokenizer.chat_template or ("{{ bos_token }}" if begins else "") + TEMPLATE
@@ -215,23 +218,22 @@ def encode(tokenizer, sample: Sample, counts: Mapping[str, int], answer: bool = 
         return IMAGE * counts[match.group(1)]
 
     messages = [{"role": t.role, "content": _content(t, expand)} for t in turns]
-    ids: list[int] = []
-    labels: list[int] = []
+    whole = _rendered(tokenizer, messages, not answer)
+    told = []  # where the answers stand in the text
     for k in range(len(messages)):
-        asks = messages[k]["role"] == "assistant"
-        if asks:
-            opened = _tokens(tokenizer, messages[:k], True)
-            labels += [-100] * (len(opened) - len(ids))
-            ids = opened
-        closed = _tokens(tokenizer, messages[: k + 1], False)
-        if closed[: len(ids)] != ids:
-            raise ModelError("the chat template rewrites earlier turns, so answers cannot be told from questions", "BAD_CHECKPOINT")
-        labels += closed[len(ids) :] if asks else [-100] * (len(closed) - len(ids))
-        ids = closed
-    if not answer:
-        opened = _tokens(tokenizer, messages, True)
-        labels += [-100] * (len(opened) - len(ids))
-        ids = opened
+        if messages[k]["role"] == "assistant":
+            opened, closed = _rendered(tokenizer, messages[:k], True), _rendered(tokenizer, messages[: k + 1], False)
+            if not (whole.startswith(closed) and closed.startswith(opened)):
+                raise ModelError("the chat template rewrites earlier turns, so answers cannot be told from questions", "BAD_CHECKPOINT")
+            told.append((len(opened), len(closed)))
+    found = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    ids, labels = found["input_ids"], [-100] * len(found["input_ids"])
+    for at, (begin, end) in enumerate(found["offset_mapping"]):
+        for opened, closed in told:
+            if begin < opened < end or begin < closed < end:
+                raise ModelError("a token of this tokenizer is part question and part answer", "BAD_CHECKPOINT", "choose a model whose chat template marks its turns")
+            if opened <= begin < closed:
+                labels[at] = ids[at]
     if len(ids) > limit:
         raise ModelError(f"the conversation takes {len(ids)} tokens; this model reads {limit}", "QUESTION_TOO_LONG")
     return Encoded(ids, labels, images, [area.image for area in (*sample.masks, *sample.regions)])
@@ -303,32 +305,78 @@ def collate(tokenizer, rows: Sequence[Encoded], places: Sequence[Mapping[str, Se
     )  # fmt: skip
 
 
-def apart(attention: Tensor) -> Tensor:
-    """(B, 1, T, T) bool: what each token sees of a row that conversations share, by their numbers (B, T): its own, up to itself."""
-    same = attention[:, None, :, None] == attention[:, None, None, :]
-    return same & torch.ones_like(same).tril()
+APART = "medvlm_apart"
+"""The name by which transformers knows :func:`_attend`."""
 
 
-def keeps_apart(lm) -> bool:
-    """Whether a language model heeds :func:`apart`: of two conversations in a row, changing one leaves the other as it was.
+def apart(numbers: Tensor) -> Tensor:
+    """(1, 1, n, 3): row, first column and end of each of the conversations that share rows, by their numbers (B, T), 0 for padding.
 
-    False for layers with a state that runs along the row (Mamba, linear attention) or a mask of their own, and for models
-    that take no such mask.
+    It stands where an attention mask does; of four axes, because transformers hands such a mask to every layer as it is.
     """
+    edges = F.pad(numbers, (1, 1))
+    turns = edges[:, 1:] != edges[:, :-1]
+    first = (turns[:, :-1] & (numbers > 0)).nonzero()
+    return torch.cat([first, (turns[:, 1:] & (numbers > 0)).nonzero()[:, 1:] + 1], 1)[None, None]
+
+
+def _attend(module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, sliding_window: int | None = None, **options):
+    """transformers' "sdpa", but conversation by conversation where the mask is one of :func:`apart`: a long row costs no more than its parts."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if attention_mask is None or attention_mask.dtype != torch.long:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, sliding_window=sliding_window, **options)
+    lengths: list[list[int]] = [[] for _ in query]
+    for row, first, end in attention_mask[0, 0].tolist():
+        lengths[row].append(end - first)
+    options["is_causal"], lines = True, []
+    for sizes, *line in zip(lengths, query, key, value):
+        left = query.shape[2] - sum(sizes)
+        parts = []
+        for q, k, v in zip(*(x.split([*sizes, left], 1) for x in line)):
+            if len(parts) == len(sizes):
+                parts.append(torch.zeros_like(q.transpose(0, 1)[None]))
+                continue
+            near = None
+            if sliding_window is not None and q.shape[1] > sliding_window:
+                near = torch.ones(2 * q.shape[1:2], dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)[None, None]
+            parts.append(sdpa_attention_forward(module, q[None], k[None], v[None], near, **options)[0])
+        lines.append(torch.cat(parts, 1))
+    return torch.cat(lines), None
+
+
+def share_rows(lm) -> bool:
+    """Make a language model's attention heed :func:`apart`; False, and the model as it was, where it would not keep conversations apart.
+
+    It is tried: of two conversations in a row, changing one must leave the other as it was. It does not for layers with a state
+    that runs along the row (Mamba, linear attention), nor for models whose attention is not transformers' "sdpa".
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if (before := lm.config._attn_implementation) == APART:
+        return True
+    if before != "sdpa":
+        return False
+    AttentionInterface.register(APART, _attend)
+    AttentionMaskInterface.register(APART, sdpa_mask)
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [4, 3, 1, 4, 5, 6, 7]], device=lm.device) % lm.config.vocab_size
     numbers = torch.tensor([[1, 1, 1, 2, 2, 2, 2]] * 2, device=lm.device)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]] * 2, device=lm.device)
-    training = lm.training
+    training, kept = lm.training, False
     lm.eval()
     try:
+        lm.set_attn_implementation(APART)
         with torch.no_grad():
             out = lm(inputs_embeds=lm.get_input_embeddings()(ids), attention_mask=apart(numbers), position_ids=positions, output_hidden_states=True)
-    except (RuntimeError, ValueError, IndexError):  # of shapes: it wants one number a token
-        return False
-    finally:
-        lm.train(training)
-    one, other = out.hidden_states[-1][:, 3:]
-    return bool(torch.allclose(one, other, atol=1e-5))
+        one, other = out.hidden_states[-1][:, 3:]
+        kept = bool(torch.allclose(one, other, atol=1e-5))
+    except (RuntimeError, ValueError, IndexError, TypeError):  # of shapes: it wants one number a token
+        pass
+    lm.train(training)
+    if not kept:
+        lm.set_attn_implementation(before)
+    return kept
 
 
 def _content(turn: Turn, expand) -> str:
@@ -352,7 +400,8 @@ def ends(tokenizer) -> int:
 
 
 def _tokens(tokenizer, messages: list[dict], prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt) if messages else ""
-    if not messages and prompt:
-        text = ROLES[2]
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(_rendered(tokenizer, messages, prompt), add_special_tokens=False)["input_ids"]
+
+
+def _rendered(tokenizer, messages: list[dict], prompt: bool) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)

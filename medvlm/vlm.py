@@ -257,7 +257,11 @@ class MedVLM(PreTrainedModel, GenerationMixin):
         if position_ids is not None:
             if self.guided:
                 raise ModelError("a row that conversations share has no one question to guide the image's tokens", "BAD_RECIPE", "leave pack out of the stage")
+            if not language.share_rows(self.lm):
+                raise ModelError("conversations that share a row would leak into each other in this language model", "BAD_RECIPE", "leave pack out of the stages")
             seen = language.apart(attention_mask)
+        elif attention_mask is not None and bool(attention_mask[:, 0].all()):
+            seen = None  # padding stands behind what is read: attention back in time never meets it, and is faster without a mask
         out = self.lm(
             inputs_embeds=self._embeds(input_ids, attention_mask, features, image_order, labels), attention_mask=seen, position_ids=position_ids,
             output_hidden_states=True, logits_to_keep=0 if logits_to_keep is None else logits_to_keep,

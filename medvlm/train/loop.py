@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import ModelError
-from ..language import Batch, keeps_apart
+from ..language import Batch, share_rows
 from ..vlm import MedVLM, Output
 from . import checkpoint, contrastive, distributed, objectives, optim, record, savers
 from .batches import Batches, loader, seed_everything
@@ -94,7 +94,7 @@ def _train(recipe, data, out, resume, seed, device, precision, save_minutes, wor
     torch.manual_seed(seed)
     model = MedVLM(recipe.model(tokenizer, **recipe.args))
     optim.check(model, recipe.stages)
-    if any(stage.pack for stage in recipe.stages) and not keeps_apart(model.lm):
+    if any(stage.pack for stage in recipe.stages) and not share_rows(model.lm):
         raise ModelError("conversations that share a row would leak into each other in this language model", "BAD_RECIPE", "leave pack out of the stages")
 
     sources, val = corpus.sources(model, tokenizer, seed), corpus.val(model, tokenizer)

@@ -1,5 +1,7 @@
 """Conversations as tokens: what is learnt, where images stand, and that nobody can write an image into a question."""
 
+import copy
+
 import foreign
 import numpy as np
 import pytest
@@ -202,3 +204,19 @@ def test_a_published_tokenizer_keeps_its_marks(tok, tmp_path):
     with pytest.raises(MedVLMError) as e:
         language.ends(own)
     assert e.value.code == "BAD_CHECKPOINT"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tok):
+    tok = copy.deepcopy(tok)
+    tok.chat_template = ("{% for m in messages %}{% if loop.last or m.role == 'user' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+                         "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
+    assert encode(tok, say(("user", "yes"), ("assistant", "no")), {}).labels[-2:] != [-100, -100]
+    with pytest.raises(MedVLMError, match="rewrites earlier turns"):
+        encode(tok, say(("user", "yes"), ("assistant", "no"), ("user", "no"), ("assistant", "yes")), {})
+
+
+def test_a_token_that_is_part_question_and_part_answer_is_refused(tok):
+    tok = copy.deepcopy(tok)
+    tok.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"  # nothing stands between question and answer
+    with pytest.raises(MedVLMError, match="part question and part answer"):
+        encode(tok, say(("user", "consolida"), ("assistant", "tion")), {})

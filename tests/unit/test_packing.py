@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from medvlm import language
 from medvlm.errors import MedVLMError
-from medvlm.language import SEG, bins, collate, encode, keeps_apart
+from medvlm.language import SEG, apart, bins, collate, encode, share_rows
 from medvlm.sample import Mask, Sample, Turn
 from medvlm.train import objectives
 
@@ -95,6 +95,11 @@ def test_a_shared_row_gives_the_losses_and_gradients_of_rows_apart(pack):
     torch.testing.assert_close(drawn, seg, rtol=1e-4, atol=1e-5)
 
 
+def all_as_one(numbers):
+    """A broken mask: each row as one conversation."""
+    return torch.tensor([[row, 0, numbers.shape[1]] for row in range(len(numbers))])[None, None]
+
+
 def leak(model, batch):
     """How far the states of a row's later conversations move when the words of its first one change."""
     row, first, past = next(s for s in batch.spans if sum(o[0] == s[0] for o in batch.spans) > 1 and s[1] == 0)
@@ -114,17 +119,41 @@ def test_nothing_leaks_and_a_broken_mask_is_seen_to(monkeypatch):
     with torch.no_grad():
         model, batch, _ = batches(400)
         assert leak(model, batch) == 0
-        monkeypatch.setattr(language, "apart", lambda numbers: torch.ones(len(numbers), 1, numbers.shape[1], numbers.shape[1], dtype=torch.bool).tril())
         model, batch, _ = batches(400)
+        assert share_rows(model.lm)
+        monkeypatch.setattr(language, "apart", all_as_one)
         assert leak(model, batch) > 1e-3
 
 
+@pytest.mark.parametrize("kind, more", [("llama", {"num_key_value_heads": 1}), ("mistral", {"sliding_window": 3}), ("qwen3", {"head_dim": 8}),
+                                        ("gemma3_text", {"head_dim": 8, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]})])  # fmt: skip
+def test_shared_rows_give_the_states_that_each_conversation_has_alone(kind, more):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 50, "pad_token_id": 0}
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(shape | more))).eval()
+    texts = [torch.randint(1, 50, (n,)) for n in (9, 1, 6)]
+    rows, numbers = torch.zeros(2, 12, dtype=torch.long), torch.zeros(2, 12, dtype=torch.long)
+    positions = torch.zeros(2, 12, dtype=torch.long)
+    for row, start, number, text in zip((0, 0, 1), (0, 9, 0), (1, 2, 1), texts):
+        there = slice(start, start + len(text))
+        rows[row, there], numbers[row, there], positions[row, there] = text, number, torch.arange(len(text))
+    assert apart(numbers).tolist() == [[[[0, 0, 9], [0, 9, 10], [1, 0, 6]]]]
+    with torch.no_grad():
+        alone = [lm(input_ids=text[None]).logits[0] for text in texts]
+        assert share_rows(lm)
+        together = lm(input_ids=rows, attention_mask=apart(numbers), position_ids=positions).logits
+        again = lm(input_ids=rows[:1, :9], attention_mask=torch.ones(1, 9)).logits[0]  # one row, one conversation: as before
+    for own, mixed in zip(alone, (together[0, :9], together[0, 9:10], together[1, :6])):
+        torch.testing.assert_close(mixed, own, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(again, alone[0], rtol=1e-5, atol=1e-6)
+
+
 def test_a_model_whose_state_runs_along_the_row_is_found_out(monkeypatch):
-    assert keeps_apart(tiny.model(tiny.tokenizer()).lm)
+    assert share_rows(tiny.model(tiny.tokenizer()).lm)
     mamba = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", hidden_size=16, num_hidden_layers=1, vocab_size=50, state_size=4))
-    assert not keeps_apart(mamba)
-    monkeypatch.setattr(language, "apart", lambda numbers: torch.ones(len(numbers), 1, numbers.shape[1], numbers.shape[1], dtype=torch.bool).tril())
-    assert not keeps_apart(tiny.model(tiny.tokenizer()).lm)
+    assert not share_rows(mamba)
+    monkeypatch.setattr(language, "apart", all_as_one)
+    assert not share_rows(tiny.model(tiny.tokenizer()).lm)
 
 
 def test_a_question_that_guides_the_image_shares_no_row():
