@@ -73,9 +73,9 @@ RECIPE = Recipe(
     samples=samples,
     tokenizer=towers.vocabulary,
     stages=(
-        Stage("align", "lm", {"*": 1.0}, {"fundus_shapes": 1.0, "fundus_chase": 0.02}, lr=2e-3, steps=100, batch=32, turns=1,
+        Stage("align", "lm", {"*": 1.0}, {"fundus_shapes": 1.0, "fundus_chase": 0.02}, lr=2e-3, steps=300, batch=32, turns=1,
               kinds=dict.fromkeys(CAPTIONS, 1.0) | {"dialogue": 0.0}, augment=0.3, warmup=25),
-        Stage("tune", "lm+classify", {"*": 1.0}, {"fundus_shapes": 1.0, "fundus_chase": 0.02}, lr=2e-3, steps=250, batch=32, turns=1,
+        Stage("tune", "lm+classify", {"*": 1.0}, {"fundus_shapes": 1.0, "fundus_chase": 0.02}, lr=2e-3, steps=900, batch=32, turns=1,
               kinds=dict.fromkeys(CAPTIONS, 0.0) | {"dialogue": 1.0}, augment=0.3, warmup=25),
     ),
     tasks=("vqa", "dialogue", "zeroshot"),
