@@ -63,14 +63,15 @@ def main():
 
                 analyze(Study(row["id"], None, (image,)), model, args.out / f"overlay-{drawn}")
                 drawn += 1
-    unet = json.loads(args.unet.read_text())[args.split] if args.unet else []
+    peer = json.loads(args.unet.read_text()) if args.unet else {"minutes": 0, args.split: []}  # of segmentation_peer.py --set lungs
+    unet, peer_name = peer[args.split], f"MONAI U-Net, {peer['minutes']:g} minutes"
     patient_of = {row["id"]: row["patient"] for row in rows}
     for name, target in LUNGS.items():
-        for who, table in (("medvlm-tiny", per_image), ("MONAI U-Net, 20 minutes", unet)):
+        for who, table in (("medvlm-tiny", per_image), (peer_name, unet)):
             kept = [r for r in table if name in r]
             if kept:
                 scores.append(mean_score("Dice", [r[name] for r in kept], [patient_of[r["id"]] for r in kept], slice=f"{target}, {who}", convention="native grid"))
-    for who, table in (("medvlm-tiny", per_image), ("MONAI U-Net, 20 minutes", unet)):
+    for who, table in (("medvlm-tiny", per_image), (peer_name, unet)):
         values = [(r[n], patient_of[r["id"]]) for r in table for n in ("right_lung", "left_lung") if n in r]
         if values:
             scores.append(mean_score("Dice", [v for v, _ in values], [c for _, c in values], slice=f"both lungs, {who}", convention="native grid"))
