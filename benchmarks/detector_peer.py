@@ -136,7 +136,7 @@ def train(data: Path, minutes: float, say) -> tuple[FCOS, dict]:
         optimizer.step()
         step, spent = step + 1, spent + time.monotonic() - began
         if step % 50 == 0:
-            say(f"step {step} {spent:.0f} s loss {float(loss):.4f} ({', '.join(f'{k} {float(v):.3f}' for k, v in losses.items())})")
+            say(f"step {step} {spent:.0f} s loss {loss.item():.4f} ({', '.join(f'{k} {v.item():.3f}' for k, v in losses.items())})")
         if points and spent >= points[0] * minutes * 60:
             points = [p for p in points if spent < p * minutes * 60]
             said = predicted(model, val)

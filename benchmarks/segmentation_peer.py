@@ -153,7 +153,7 @@ def train(peer: Peer, data: Path, minutes: float, say) -> tuple[torch.nn.Module,
         optimizer.step()
         step, spent = step + 1, spent + time.monotonic() - began
         if step % 50 == 0:
-            say(f"step {step} {spent:.0f} s loss {float(loss):.4f}")
+            say(f"step {step} {spent:.0f} s loss {loss.item():.4f}")
         if points and spent >= points[0] * minutes * 60 or spent >= minutes * 60:
             points = [p for p in points if spent < p * minutes * 60]
             model.eval()
