@@ -1,6 +1,9 @@
 """A made-up data set of chest X-rays, and a recipe on it that trains in seconds; also given to the command as a file."""
 
+import contextlib
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,3 +95,21 @@ RECIPE = Recipe(
 CONTRAST = replace(
     RECIPE, name="contrast", model=contrast, stages=(Stage("pair", "clip", ALL, {"drawn": 1.0}, lr=1e-3, steps=4, batch=8, warmup=1, augment=0.0),),
 )  # fmt: skip
+
+
+@contextlib.contextmanager
+def stopped_at(draw: int):
+    """SIGTERM comes while a run in this process makes its batch of this number, from 1."""
+    from unittest import mock
+
+    import medvlm.train.batches as batches
+
+    real, left = batches.draw, iter(range(draw - 1, -1, -1))
+
+    def stops(*args):
+        if next(left, None) == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    with mock.patch.object(batches, "draw", stops):
+        yield

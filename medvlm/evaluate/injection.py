@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 
+from ..datasets.mirror import swapped
 from ..datasets.sentences import variants
 from .labeller import Mention, label, mentions, sentences
 from .report import SPOKEN, sides
@@ -32,7 +33,6 @@ _ADDED = ("Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", 
 _LARGE = re.compile(r"\b(?:(?:mild|slight|moderate|marked|severe|massive|gross)ly )?(enlarged|widened|prominent|large|dilated)\b", re.IGNORECASE)
 _NORMAL = re.compile(r"(?:within )?normal(?: limits| in size(?: and \w+)?)?|unremarkable|not (?:\w+ )?(?:enlarged|widened)", re.IGNORECASE)
 _SIZE = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)(?=\s?-?(?:mm|cm|x)\b)", re.IGNORECASE)
-_SIDE = re.compile(r"\b(right|left)\b", re.IGNORECASE)
 
 
 def inject(text: str, kind: str, seed: int = 0) -> tuple[str, str] | None:
@@ -94,15 +94,10 @@ def _swaps(text: str, chance: random.Random) -> Iterator[tuple[str, str]]:
         new = text
         for i in {m.sentence for m in found if m.finding == finding and m.side}:
             start, end = places[i]
-            new = new[:start] + _SIDE.sub(_other_side, new[start:end]) + new[end:]  # one letter less, one more: other places may move
+            new = new[:start] + swapped(new[start:end]) + new[end:]  # one letter less, one more: other places may move
             places = sentences(new)
         if {side, sides(new).get(finding)} == {"left", "right"}:
             yield new, f"{finding}: {sides(new)[finding]}"
-
-
-def _other_side(m: re.Match) -> str:
-    other = "left" if m[0].lower() == "right" else "right"
-    return other.upper() if m[0].isupper() else other.capitalize() if m[0][0].isupper() else other
 
 
 def _additions(text: str, chance: random.Random) -> Iterator[tuple[str, str]]:

@@ -135,26 +135,11 @@ def test_shards_are_streamed_once_an_epoch_by_all_readers_and_from_anywhere(root
     assert flat(both[0] + both[1]) == flat(whole) and flat(both[0][:4] + both[1][:4]) == flat(whole[:4])
 
 
-def test_a_run_on_shards_resumes_like_any_other(root, tmp_path, monkeypatch):
-    import os
-    import signal
-
-    import medvlm.train.batches as batches
-
+def test_a_run_on_shards_resumes_like_any_other(root, tmp_path):
     shards.write(root / "drawn", tmp_path / "data/drawn", entries=3, quiet=True)
     run(tmp_path / "data", tmp_path / "whole")
-    real, done = batches.draw, [0]
-
-    def stops(*args):
-        done[0] += 1
-        if done[0] == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-
-    monkeypatch.setattr(batches, "draw", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), drawn.stopped_at(3):
         run(tmp_path / "data", tmp_path / "run")
-    monkeypatch.undo()
     run(tmp_path / "data", tmp_path / "run", resume=True)
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == (tmp_path / "whole/model/model.safetensors").read_bytes()
 

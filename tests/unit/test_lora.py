@@ -1,7 +1,5 @@
 """Adapters of a stage: they alone learn, are folded in without a trace, survive a stop, and are asked for by names that are there."""
 
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,24 +85,12 @@ def test_what_learns_are_few_numbers():
 
 
 @pytest.mark.parametrize("stop", [2, 5])
-def test_a_run_that_stops_before_or_within_such_a_stage_goes_on_bit_for_bit(root, whole, tmp_path, monkeypatch, stop):
+def test_a_run_that_stops_before_or_within_such_a_stage_goes_on_bit_for_bit(root, whole, tmp_path, stop):
     """At the end of the first stage the adapters do not exist yet: they begin as they would have; at the third step of six."""
-    import medvlm.train.batches as batches
-
-    done, real = [0], batches.draw
-
-    def draw_and_stop(cases, tokenizer, lots, *more):
-        done[0] += 1
-        if done[0] == stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(cases, tokenizer, lots, *more)
-
-    monkeypatch.setattr(batches, "draw", draw_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), drawn.stopped_at(stop):
         run(root, tmp_path / "run")
     kept = load_file(tmp_path / "run/checkpoints/last/model.safetensors")
     assert any("lora_B" in n for n in kept) == (stop > 2)
-    monkeypatch.setattr(batches, "draw", real)
     ours, theirs = run(root, tmp_path / "run", resume=True), whole[1]
     assert ours.keys() == theirs.keys() and [n for n in ours if not torch.equal(ours[n], theirs[n])] == []
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == (whole[0] / "model/model.safetensors").read_bytes()

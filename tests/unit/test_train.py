@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 from dataclasses import replace
@@ -93,24 +92,12 @@ def test_only_what_a_stage_names_learns(whole, root, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [2, 4, 5])
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(root, whole, tmp_path, monkeypatch, stop):
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(root, whole, tmp_path, stop):
     """SIGTERM in the middle of the first stage, at its end, and in the second: bit for bit the same weights."""
-    import medvlm.train.batches as batches
-
-    done, real = [0], batches.draw
-
-    def draw_and_stop(cases, tokenizer, lots, *more):
-        done[0] += 1
-        if done[0] == stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(cases, tokenizer, lots, *more)
-
-    monkeypatch.setattr(batches, "draw", draw_and_stop)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), drawn.stopped_at(stop):
         run(root, tmp_path / "run")
     assert signal.getsignal(signal.SIGTERM) is before and not (tmp_path / "run/model").exists()
-    monkeypatch.setattr(batches, "draw", real)
     run(root, tmp_path / "run", resume=True)
     ours, theirs = weights(tmp_path / "run"), weights(whole)
     assert ours.keys() == theirs.keys() and [n for n in ours if not torch.equal(ours[n], theirs[n])] == []
