@@ -132,7 +132,7 @@ def write(folder: str | Path, count: int = 300, rank: int = 2, seed: int = 0, si
         raise UsageError(f"{folder} is there and not empty", "OUTPUT_EXISTS", "give a new folder")
     for inside in ("images", "masks"):
         (folder / inside).mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(_row(folder, kind, number, *about)) for number, about in enumerate(zip(_dealt(kind, count), *_patients(kind, count)))]
+    lines = [json.dumps(_row(folder, kind, number, *about)) for number, about in enumerate(zip(_dealt(kind, count), *patients(kind, count)))]
     with writing(folder / "manifest.jsonl") as part:  # last, so that a folder with one is whole
         part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return folder
@@ -162,7 +162,7 @@ def _dealt(kind: _Kind, count: int) -> list[tuple[str, ...]]:
     return [deck[i] for _ in range(0, count, len(deck)) for i in lot.permutation(len(deck))][:count]
 
 
-def _patients(kind: _Kind, count: int) -> tuple[list[int], list[str]]:
+def patients(kind: _Kind, count: int) -> tuple[list[int], list[str]]:
     """The patient of each image, 1 to 4 images each, and the split."""
     lot, sizes = kind.lot(1), []
     while sum(sizes) < count:
@@ -200,18 +200,18 @@ def _row(folder: Path, kind: _Kind, number: int, shapes: Sequence[str], patient:
     }  # fmt: skip
 
 
-def _pick(lot: np.random.Generator, items: Sequence):
+def pick(lot: np.random.Generator, items: Sequence):
     return items[int(lot.integers(len(items)))]
 
 
 def _objects(kind: _Kind, shapes: Sequence[str], lot: np.random.Generator) -> list[_Object]:
     """What is in an image, head first and right before left, each object in a third and side of its own."""
     depth, height, width = kind.size
-    shapes = [*shapes, _pick(lot, shapes)] if lot.random() < 0.25 else shapes  # twice the same
+    shapes = [*shapes, pick(lot, shapes)] if lot.random() < 0.25 else shapes  # twice the same
     unit, found = min(height / 3, 0.4 * width) / 2, []
     for shape, cell in zip(shapes, lot.permutation(len(ZONES) * 2)):
         zone, column = divmod(int(cell), 2)
-        size, brightness = _pick(lot, SIZES), _pick(lot, BRIGHTNESS)
+        size, brightness = pick(lot, SIZES), pick(lot, BRIGHTNESS)
         radius = unit * lot.uniform(*RADIUS[size])
         off = lot.uniform(radius + 1, 0.44 * width - radius)
         if kind.rank == 2:
@@ -305,7 +305,7 @@ def _save(folder: Path, id: str, kind: _Kind, objects: Sequence[_Object], values
         Pillow.fromarray(np.rint(255 * values[0]).astype(np.uint8)).save(folder / image)
         Pillow.fromarray(label[which[0]]).save(folder / mask)
         return image, mask, which[0]
-    plane, thick, stored = round(lot.uniform(0.7, 1.4), 2), _pick(lot, (1.25, 2.0, 3.0, 5.0)), _pick(lot, STORED)
+    plane, thick, stored = round(lot.uniform(0.7, 1.4), 2), pick(lot, (1.25, 2.0, 3.0, 5.0)), pick(lot, STORED)
     affine = np.zeros((4, 4))
     affine[[2, 1, 0, 3], [0, 1, 2, 3]] = thick, plane, plane, 1  # d to the head, h to the back, w to the left
     affine[:3, 3] = -affine[:3, :3] @ (np.array(kind.size) - 1) / 2
@@ -324,7 +324,7 @@ def _described(kind: _Kind, o: _Object) -> str:
     return f"{o['size']} {o['brightness']} {o['shape']} in the {_place(kind, o)}"
 
 
-def _listed(items: Sequence[str], last: str = "and") -> str:
+def listed(items: Sequence[str], last: str = "and") -> str:
     return f" {last} ".join(filter(None, (", ".join(items[:-1]), items[-1])))
 
 
@@ -334,13 +334,13 @@ def _absent(objects: Sequence[_Object]) -> list[str]:
 
 def _caption(kind: _Kind, objects: Sequence[_Object], lot: np.random.Generator) -> str:
     """ "A large bright disc in the upper left zone; no ring." """
-    said = _listed([f"a {_described(kind, o)}" for o in objects])
-    return f"{said.capitalize()}; no {_pick(lot, _absent(objects))}."
+    said = listed([f"a {_described(kind, o)}" for o in objects])
+    return f"{said.capitalize()}; no {pick(lot, _absent(objects))}."
 
 
 def _findings(kind: _Kind, objects: Sequence[_Object], lot: np.random.Generator) -> str:
-    said = [_pick(lot, ("There is a {}.", "A {} is seen.", "A {}.")).format(_described(kind, o)) for o in objects]
-    missing = _pick(lot, (lambda a: [f"No {_listed(a, 'or')}."], lambda a: [f"No {s}." for s in a], lambda a: [f"There is no {_listed(a, 'or')}."]))
+    said = [pick(lot, ("There is a {}.", "A {} is seen.", "A {}.")).format(_described(kind, o)) for o in objects]
+    missing = pick(lot, (lambda a: [f"No {listed(a, 'or')}."], lambda a: [f"No {s}." for s in a], lambda a: [f"There is no {listed(a, 'or')}."]))
     return " ".join(said + missing(_absent(objects)))
 
 
@@ -351,29 +351,29 @@ def _questions(kind: _Kind, id: str, objects: Sequence[_Object], lot: np.random.
     def ask(question: str, answer: str, about: str, **more: Any) -> None:
         found.append({"question": question, "answer": answer, "type": "CLOSED" if "choices" in more else "OPEN", "category": [about], **more})
 
-    for about in ("finding", "side", "zone", _pick(lot, ("size", "brightness"))):
+    for about in ("finding", "side", "zone", pick(lot, ("size", "brightness"))):
         for (shape, value), answer in zip(_twins(objects, about, lot), ("yes", "no")):
             where = f"the {value} of the picture" if kind.modality in FLAT else f"the patient's {value} side"
             ask(ASKED[about].format(shape=shape, value=value, where=where, part=part), answer, about, choices=["yes", "no"], pair=f"{id}-{about}")
     names = [o["shape"] for o in objects]
     single = [o for o in objects if names.count(o["shape"]) == 1]
     if single:
-        one, about = _pick(lot, single), _pick(lot, ("size", "brightness"))
+        one, about = pick(lot, single), pick(lot, ("size", "brightness"))
         ask(f"Where is the {one['shape']}?", _place(kind, one), "place")
-        ask(f"Is the {one['shape']} {_listed(VALUES[about], 'or')}?", one[about], about, choices=list(VALUES[about]))
+        ask(f"Is the {one['shape']} {listed(VALUES[about], 'or')}?", one[about], about, choices=list(VALUES[about]))
     ask("How many objects are there?", str(len(objects)), "count")
-    ask("Which shapes are there?", _listed([s for s in SHAPES if s in names]), "shapes")
+    ask("Which shapes are there?", listed([s for s in SHAPES if s in names]), "shapes")
     return [{"qid": f"{id}-q{n}", **found[i]} for n, i in enumerate(lot.permutation(len(found)))]
 
 
 def _twins(objects: Sequence[_Object], about: str, lot: np.random.Generator) -> tuple[tuple[str, str], tuple[str, str]]:
     """(shape, value) that is there, and one that is not: of another value or, as often where there is one, another shape."""
-    one = _pick(lot, objects)
+    one = pick(lot, objects)
     there = {(o["shape"], o[about]) for o in objects}
     shape, value = one["shape"], one[about]
     twins = [[(shape, v) for v in VALUES[about]], [(s, value) for s in SHAPES]]
     false = [[t for t in group if t not in there] for group in twins]
-    return (shape, value), _pick(lot, _pick(lot, [group for group in false if group]))
+    return (shape, value), pick(lot, pick(lot, [group for group in false if group]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,133 @@
+"""Frontal chest films of a painted body, for :mod:`.phantom`: rays, line integrals, scatter, noise, the processing of a digital film.
+
+Source: Beer and Lambert's law with the attenuation of water and cortical bone at 60 keV (0.206 and 0.60 per cm;
+NIST Standard Reference Database 126, table 4), scatter as a blurred share of the primary rays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from .phantom_canvas import ID, VESSEL, Canvas, points_of, turned_by
+from .phantom_trunk import Trunk
+from .shapes import pick
+
+WATER = 0.206
+"""Attenuation per cm."""
+
+
+def attenuation(hu: np.ndarray) -> np.ndarray:
+    """Per cm at 60 keV: linear in HU up to soft tissue, steeper in bone, so that cortical bone of 1500 HU has 0.60."""
+    return np.float32(WATER / 1000) * np.maximum(hu + 1000 + np.float32(0.27) * np.maximum(hu - 100, 0), 0)
+
+
+def project(hu: np.ndarray, step: float, axis: int = 1) -> np.ndarray:
+    """The line integral of attenuation along an axis whose points are ``step`` mm apart."""
+    return attenuation(hu).sum(axis) * np.float32(step / 10)
+
+
+def rays(made: Trunk, size: Sequence[int], ap: bool, lot: np.random.Generator) -> Canvas:
+    """Points along the rays from the focus to the detector; rows from head to foot, columns from the patient's right to the left."""
+    u = lot.uniform
+    rows, columns = (max(48, round(0.5625 * n)) if n <= 320 else 180 for n in size)
+    wide = 2 * (made.wide + 22 + 0.4 * made.fat) * u(0.98, 1.3)
+    pixel, thick = wide / columns, 2 * (made.deep + 30 + 0.9 * made.fat)
+    y = (np.arange(40, dtype=np.float32) - 19.5) * np.float32(thick / 40) + 5
+    far = u(1000, 1300) if ap else u(1500, 1900)
+    nearer = 1 - (thick / 2 + 30 + (5 - y if ap else y - 5)) / far  # how much closer to the axis a ray is than at the detector
+    v = ((rows - 1) / 2 - np.arange(rows, dtype=np.float32)) * np.float32(pixel)
+    h = (np.arange(columns, dtype=np.float32) - (columns - 1) / 2) * np.float32(pixel)
+    axes = v[:, None, None] * nearer[:, None] + made.high * u(0.42, 0.6), y[:, None], h * nearer[:, None]
+    axes = [np.broadcast_to(a, (rows, 40, columns)).astype(np.float32) for a in axes]
+    turn = turned_by(lot.normal(0, 3), lot.normal(0, 2), lot.normal(0, 4 if ap else 2))
+    points = points_of(axes, lot, turn, u(1, 5))
+    points[2] += lot.normal(0, 7)
+    return Canvas(points, (pixel, thick / 40, pixel))
+
+
+def mediastinum(canvas: Canvas, made: Trunk) -> np.ndarray:
+    """(H, W): heart and great vessels up to the arch, and what lies between them; above 0.5 inside, smooth as one draws it."""
+    from scipy.ndimage import gaussian_filter
+
+    z, x = canvas.points[0], canvas.points[2]
+    heart = (canvas.tissue == ID["heart"]).any(1)
+    vessels = np.isin(canvas.tissue, (ID["aorta"], ID["superior_vena_cava"], VESSEL)) & (z < 0.66 * made.high + 16) & (np.abs(x - 4) < 36)
+    seen = heart | vessels.any(1)
+    rows = np.flatnonzero(heart.any(1))
+    seen[rows[-1] + 1 if len(rows) else 0 :] = False
+    filled = np.logical_or.accumulate(seen, 1) & np.logical_or.accumulate(seen[:, ::-1], 1)[:, ::-1]
+    return gaussian_filter(filled.astype(np.float32), 8 / canvas.step[[0, 2]])
+
+
+def resized(values: np.ndarray, size: Sequence[int], order: int = 3) -> np.ndarray:
+    from scipy.ndimage import zoom
+
+    factors = [n / m for n, m in zip(size, values.shape)]
+    return zoom(values.astype(np.float32), factors, order=order, grid_mode=True, mode="nearest")[: size[0], : size[1]]
+
+
+def developed(line: np.ndarray, masks: Mapping[str, np.ndarray], pixel: float, ap: bool, lot: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(greys from 0 to 255, where the collimator was open) of line integrals: scatter, noise, blur, the processing of a digital film.
+
+    Levels are drawn so that lungs and heart get the greys that they have on real films (xray_covid: lungs 84 to 157, heart 131 to 217).
+    """
+    from scipy.ndimage import gaussian_filter, rotate
+
+    u = lot.uniform
+    primary = np.exp(-line)
+    lungs = masks["right_lung"] | masks["left_lung"]
+    level = float(np.median(primary[lungs])) if lungs.any() else 0.1
+    seen = primary + u(0.5, 1.4) * (1.6 if ap else 1) * gaussian_filter(np.minimum(primary, 1.5 * level), 30 / pixel, truncate=2)
+    grain = gaussian_filter(lot.standard_normal(line.shape, np.float32), u(0.3, 0.7))
+    dust = gaussian_filter(lot.standard_normal(line.shape, np.float32), u(1.0, 1.8) / pixel * 1.4)  # the finest vessels
+    film = -np.log(seen) + u(0.008, 0.03) / float(grain.std()) * grain * np.sqrt(level / seen) ** 0.7
+    film += u(0.01, 0.035) / float(dust.std()) * dust * gaussian_filter(lungs.astype(np.float32), 4 / pixel)
+    film = gaussian_filter(film, u(0.1, 0.6) + (0.3 if ap else 0))
+    film = np.minimum(film, 12)
+    film += u(0.2, 1.1) * (film - gaussian_filter(film, 9 / pixel)) - u(0, 0.35) * gaussian_filter(film, 45 / pixel, truncate=2)
+    dark = float(np.median(film[lungs])) if lungs.any() else float(np.median(film))
+    dense = film[masks["cardiomediastinum"] & ~masks["airways"]]
+    gain = u(48, 88) / max(float(np.median(dense)) - dark if len(dense) else 1.0, 0.3)
+    x = (np.clip(lot.normal(116, 20), 75, 160) + gain * (film - dark) - 127.5) / 127.5
+    grey = 127.5 + 127.5 * np.tanh(1.15 * x) / math.tanh(1.15)
+    inside = np.ones(grey.shape, bool)
+    if lot.random() < 0.45:
+        top, bottom, left, right = (lot.random(4) < 0.6) * u(0, 0.07, 4)
+        inside[:] = False
+        inside[round(top * len(grey)) : len(grey) - round(bottom * len(grey)), round(left * grey.shape[1]) : grey.shape[1] - round(right * grey.shape[1])] = True
+        inside = rotate(inside, lot.normal(0, 1.2), reshape=False, order=0)
+        grey = np.where(inside, grey, pick(lot, (0, 0, 0, 12, 30)))
+    return np.clip(grey, 0, 255), inside
+
+
+def lettered(grey: np.ndarray, ap: bool, lot: np.random.Generator) -> np.ndarray:
+    """Side markers and words as technicians burn them in, and the wires of monitors on the bed's films."""
+    from PIL import Image as Pillow
+    from PIL import ImageDraw, ImageFont
+
+    picture = Pillow.fromarray(np.rint(grey).astype(np.uint8))
+    draw, (height, width), u = ImageDraw.Draw(picture), grey.shape, lot.uniform
+    if ap and lot.random() < 0.5:
+        for _ in range(int(lot.integers(1, 4))):
+            t = np.linspace(0, 1, 24)
+            (a, b), (c, d), (e, f) = u(0, 1, (3, 2))
+            places = [((1 - s) ** 2 * a + 2 * s * (1 - s) * c + s * s * e, (1 - s) ** 2 * b + 2 * s * (1 - s) * d + s * s * f) for s in t]
+            places = [(float(p * width), float(q * height)) for p, q in places]
+            tone = int(np.clip(grey.mean() + u(30, 80), 0, 255))
+            draw.line(places, tone, max(1, round(width / 300)))
+            if lot.random() < 0.7:
+                (p, q), r = places[0], width / u(50, 80)
+                draw.ellipse((p - r, q - r, p + r, q + r), None, tone, max(1, round(width / 200)))
+    words = []
+    if lot.random() < 0.75:
+        side = pick(lot, ("R", "L"))
+        words.append((side, u(0.01, 0.12) if side == "R" else u(0.86, 0.95), u(0.02, 0.25), u(0.05, 0.09)))
+    if lot.random() < (0.55 if ap else 0.25):
+        said = pick(lot, ("AP", "PORTABLE", "AP ERECT", "SUPINE", "MOBILE", "SEMI ERECT") if ap else ("PA", "ERECT", "PA ERECT", "STANDING"))
+        words.append((said, u(0.02, 0.15) if lot.random() < 0.5 else u(0.62, 0.75), u(0.01, 0.08), u(0.03, 0.05)))
+    for word, x, y, tall in words:
+        draw.text((x * width, y * height), word, int(u(190, 256)), ImageFont.load_default(max(8.0, tall * height)))
+    return np.asarray(picture)
