@@ -1,6 +1,6 @@
 """Made anatomy with words, for training, tests and whoever has no data: ``python -m medvlm.datasets.phantom OUT --count 300 --kind mixed``.
 
-Bodies by lot (:mod:`.phantom_trunk`, :mod:`.phantom_head`), healthy or not, as CT (int16, HU), MR (T1 or T2 by tissue) or frontal
+Bodies by lot (:mod:`.phantom_trunk`, :mod:`.phantom_head`), healthy or not (:mod:`.phantom_findings`), as CT (int16, HU), MR (T1 or T2 by tissue) or frontal
 chest X-ray (PNG, 8 bit), in the manifest's layout (docs/manifest.md): outlines, boxes, findings, a short report, questions. It says
 nothing of any patient (``"synthetic": true`` in every row).
 
@@ -53,9 +53,10 @@ from .phantom_canvas import (
     points_of,
     turned_by,
 )
-from .phantom_film import developed, lettered, mediastinum, project, rays, resized
-from .phantom_head import HEAD, Head
-from .phantom_trunk import BELLY, CHEST, ZONES, Trunk
+from .phantom_film import developed, lettered, mediastinum, project, rays, resized, threads
+from .phantom_findings import BELLY, CHEST, HEAD, ZONES, add
+from .phantom_head import Head
+from .phantom_trunk import Trunk
 from .shapes import STORED, listed, patients, pick
 
 FINDINGS = {"chest-xray": CHEST, "chest-ct": CHEST, "abdomen-ct": BELLY, "head-ct": HEAD,
@@ -97,7 +98,7 @@ class _Set:
         return f"phantom-{self.kind}-s{self.seed}"
 
     def lot(self, *what: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, 7, *what])
+        return np.random.default_rng([self.seed, *self.kind.encode(), *what])
 
 
 def write(folder: str | Path, count: int = 300, kind: str = "mixed", seed: int = 0, size: Sequence[int] | None = None) -> Path:
@@ -185,7 +186,7 @@ def body(kind: str, findings: Sequence[str], person: np.random.Generator, lot: n
     xray, large = kind == "chest-xray", "cardiomegaly" in findings
     ap = bool(lot.random() < 0.4)
     ratio = lot.uniform(0.56, 0.67) if large else lot.uniform(0.40, 0.49)
-    made = Trunk(person, xray and not (ap and lot.random() < 0.6), ratio, 0 if xray else lot.choice((0, 0, 90, 180)), xray or lot.random() < 0.15, not ap)
+    made = Trunk(person, xray and not (ap and lot.random() < 0.6), ratio, 0 if xray else lot.choice((0, 0, 90, 180)), xray or lot.random() < 0.15, not ap, xray)
     made.lot = lot
     return made
 
@@ -195,7 +196,7 @@ def _scan(folder: Path, id: str, kind: str, made: Trunk | Head, findings: Sequen
     part, modality = kind.split("-")
     canvas = _seen(made, part, size, lot)
     made.paint(canvas)
-    said = [made.add(canvas, f) for f in findings]
+    said = [add(made, canvas, f) for f in findings]
     values, sequence = (_ct(canvas, (2, 6) if part == "head" else (5, 24), lot), {}) if modality == "ct" else _mr(canvas, lot)
     affine = np.zeros((4, 4))
     affine[[2, 1, 0, 3], [0, 1, 2, 3]] = *(round(float(s), 3) for s in canvas.step), 1  # d to the head, h to the back, w to the left
@@ -232,7 +233,7 @@ def _seen(made: Trunk | Head, part: str, size: Sequence[int], lot: np.random.Gen
     offset = (high + low) / 2, 0.0 if isinstance(made, Head) else 8.0, 0.0
     axes = [(np.arange(n, dtype=np.float32) - (n - 1) / 2) * np.float32(s) + np.float32(o) for n, s, o in zip(size, step, offset)]
     turn = turned_by(*(lot.normal(0, s) for s in ((4, 4, 6) if isinstance(made, Head) else (2.5, 1.5, 1))))
-    return Canvas(points_of((axes[0][:, None, None], axes[1][:, None], axes[2]), lot, turn, u(1, 4)), step)
+    return Canvas(points_of((axes[0][:, None, None], axes[1][:, None], axes[2]), lot, turn, u(1, 4))[0], step)
 
 
 def _ct(canvas: Canvas, noisy: tuple[float, float], lot: np.random.Generator) -> np.ndarray:
@@ -244,7 +245,7 @@ def _ct(canvas: Canvas, noisy: tuple[float, float], lot: np.random.Generator) ->
         ground = np.flatnonzero((values > -500).any((0, 2)))
         h, w = np.arange(values.shape[1])[:, None], np.arange(values.shape[2]) - values.shape[2] / 2
         bow = (ground[-1] if len(ground) else 0) + 4 / step[1] - (w * step[2]) ** 2 / 1400 / step[1]
-        values += np.clip(1 - np.abs(h - bow) * step[1] / 3, 0, 1) * 500 * (values < -900)
+        values += np.clip(1 - np.abs(h - bow) * step[1] / 3, 0, 1) * 850 * (values < -900)
     grain = lot.uniform(0.4, 0.8)
     noise = gaussian_filter(lot.standard_normal(values.shape, np.float32), (0, grain, grain))
     values = gaussian_filter(values, (0, *(lot.uniform(0.2, 0.55),) * 2)) + lot.uniform(*noisy) / float(noise.std()) * noise
@@ -272,23 +273,24 @@ def _mr(canvas: Canvas, lot: np.random.Generator) -> tuple[np.ndarray, dict[str,
 def _xray(folder: Path, id: str, kind: str, made: Trunk, findings: Sequence[str], size: Sequence[int], lot: np.random.Generator):
     """A frontal picture; gives what :func:`_scan` gives."""
     from PIL import Image as Pillow
+    from scipy.ndimage import gaussian_filter
 
     ap = not made.apart
-    canvas = rays(made, size, ap, lot)
+    canvas, onto = rays(made, size, ap, lot)
     made.paint(canvas)
     fields = {side: np.isin(canvas.tissue, ids) for side, ids in LUNGS.items()}
     z, y, x = canvas.points
     middle = np.abs(y + 0.22 * made.deep) < 0.3 * made.deep
-    hidden = ((z < made.dome(y, x) - 1) & (made.wall < 0) & middle).any(1) & ~(np.abs(x[:, 0]) < 12)  # behind and below the domes
+    hidden = ((z < made.dome(y, x) - 1) & (made.wall < 0) & middle).any(1)  # behind and below the domes
     heart = mediastinum(canvas, made)
-    said = [made.add(canvas, f) for f in findings]
+    said = [add(made, canvas, f) for f in findings]
     deep = float(canvas.step[1])
-    film = resized(project(canvas.hu, deep), size)
+    film = resized(project(canvas.hu, deep), size) + threads(made, canvas, onto, size)
     thick = {**{f"{side}_lung": (field.sum(1) * deep, 5) for side, field in fields.items()},
              "airways": ((canvas.tissue == ID["trachea"]).sum(1) * deep, 3),
              **{OUTLINED[s["finding"]]: ((canvas.tissue == ID[s["finding"]]).sum(1) * deep, 4) for s in said if s["finding"] in OUTLINED}}  # fmt: skip
-    open_ = resized(~hidden, size, 1) > 0.5
-    masks = {name: (resized(mm, size, 1) > least) & (open_ if name != "airways" else True) for name, (mm, least) in thick.items()}
+    shown = resized(gaussian_filter(~hidden * 1.0, 1), size, 1) > 0.5
+    masks = {name: (resized(gaussian_filter(mm * 1.0, 0.8), size, 1) > least) & (shown if name != "airways" else True) for name, (mm, least) in thick.items()}
     masks["cardiomediastinum"] = resized(heart, size, 1) > 0.5
     pixel = float(canvas.step[2]) * canvas.tissue.shape[2] / size[1]
     grey, inside = developed(film, masks, pixel, ap, lot)

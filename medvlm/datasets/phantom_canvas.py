@@ -9,7 +9,7 @@ Source of names: wasserth/TotalSegmentator, totalsegmentator/map_to_binary.py ("
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -149,11 +149,15 @@ def turned_by(z: float = 0, y: float = 0, x: float = 0) -> np.ndarray:
     return found
 
 
-def points_of(axes: Sequence[np.ndarray], lot: np.random.Generator, turn: np.ndarray, bend: float) -> np.ndarray:
-    """(3, D, H, W) places z, y, x in the body: those of a picture, bent smoothly by some mm and turned."""
-    z, y, x = axes
-    waves = [[lot.uniform(75, 170), lot.uniform(0, 6.3)] for _ in range(6)]
-    z, y, x = (a + bend * np.sin(b / waves[i][0] + waves[i][1]) * np.sin(c / waves[i + 3][0] + waves[i + 3][1])
-               for i, (a, b, c) in enumerate(((z, y, x), (y, z, x), (x, z, y))))  # fmt: skip
+def points_of(axes: Sequence[np.ndarray], lot: np.random.Generator, turn: np.ndarray, bend: float) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """((3, D, H, W) places z, y, x in the body of the places of a picture, bent smoothly by some mm and turned; the way back, of (3, N) places)."""
+    waves = [(lot.uniform(75, 170), lot.uniform(0, 6.3)) for _ in range(6)]
     t = turn.astype(np.float32)
-    return np.stack([(t[i, 0] * z + t[i, 1] * y + t[i, 2] * x).astype(np.float32, copy=False) for i in range(3)])
+
+    def bends(z: np.ndarray, y: np.ndarray, x: np.ndarray) -> Iterator[np.ndarray]:
+        for i, (b, c) in enumerate(((y, x), (z, x), (z, y))):
+            yield np.float32(bend) * np.sin(b / waves[i][0] + waves[i][1]) * np.sin(c / waves[i + 3][0] + waves[i + 3][1])
+
+    z, y, x = (a + b for a, b in zip(axes, bends(*axes)))
+    points = np.stack([(t[i, 0] * z + t[i, 1] * y + t[i, 2] * x).astype(np.float32, copy=False) for i in range(3)])
+    return points, lambda places: (own := t.T @ places) - np.stack(list(bends(*(own - np.stack(list(bends(*own)))))))

@@ -7,7 +7,7 @@ NIST Standard Reference Database 126, table 4), scatter as a blurred share of th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -29,23 +29,83 @@ def project(hu: np.ndarray, step: float, axis: int = 1) -> np.ndarray:
     return attenuation(hu).sum(axis) * np.float32(step / 10)
 
 
-def rays(made: Trunk, size: Sequence[int], ap: bool, lot: np.random.Generator) -> Canvas:
-    """Points along the rays from the focus to the detector; rows from head to foot, columns from the patient's right to the left."""
+def rays(made: Trunk, size: Sequence[int], ap: bool, lot: np.random.Generator) -> tuple[Canvas, Callable]:
+    """Points along the rays from the focus to the detector, rows from head to foot, columns from the patient's right to the left; and where
+    (3, N) places lie on that grid."""
     u = lot.uniform
     rows, columns = (max(48, round(0.5625 * n)) if n <= 320 else 180 for n in size)
-    wide = 2 * (made.wide + 22 + 0.4 * made.fat) * u(0.98, 1.3)
+    wide = 2 * (made.wide + 18 + 0.3 * made.fat) * u(0.92, 1.22)
     pixel, thick = wide / columns, 2 * (made.deep + 30 + 0.9 * made.fat)
     y = (np.arange(40, dtype=np.float32) - 19.5) * np.float32(thick / 40) + 5
     far = u(1000, 1300) if ap else u(1500, 1900)
     nearer = 1 - (thick / 2 + 30 + (5 - y if ap else y - 5)) / far  # how much closer to the axis a ray is than at the detector
     v = ((rows - 1) / 2 - np.arange(rows, dtype=np.float32)) * np.float32(pixel)
     h = (np.arange(columns, dtype=np.float32) - (columns - 1) / 2) * np.float32(pixel)
-    axes = v[:, None, None] * nearer[:, None] + made.high * u(0.42, 0.6), y[:, None], h * nearer[:, None]
+    height = made.high * u(0.33, 0.5)
+    axes = v[:, None, None] * nearer[:, None] + height, y[:, None], h * nearer[:, None]
     axes = [np.broadcast_to(a, (rows, 40, columns)).astype(np.float32) for a in axes]
     turn = turned_by(lot.normal(0, 3), lot.normal(0, 2), lot.normal(0, 4 if ap else 2))
-    points = points_of(axes, lot, turn, u(1, 5))
-    points[2] += lot.normal(0, 7)
-    return Canvas(points, (pixel, thick / 40, pixel))
+    points, back = points_of(axes, lot, turn, u(1, 5))
+
+    def onto(places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        z, y, x = back(places)
+        closer = 1 - (thick / 2 + 30 + (5 - y if ap else y - 5)) / far
+        return (rows - 1) / 2 - (z - height) / closer / pixel, (y - 5) / (thick / 40) + 19.5, x / closer / pixel + (columns - 1) / 2
+
+    return Canvas(points, (pixel, thick / 40, pixel)), onto
+
+
+def threads(made: Trunk, canvas: Canvas, onto: Callable, size: Sequence[int]) -> np.ndarray:
+    """(H, W) line integral of what is too thin for the canvas: hollow ribs and collar bones, vessels where the lung holds air.
+
+    Each is cut into small pieces, whose attenuation falls on the pixel that its ray meets.
+    """
+    scale, lot = [n / m for n, m in zip(size, canvas.tissue.shape[::2])], made.lot
+    area = float(canvas.step[2] / scale[1] * canvas.step[0] / scale[0])
+    tall, thick, hard = lot.uniform(5.5, 7), lot.uniform(3.6, 4.8), lot.uniform(0.35, 0.6)
+    hollow = ((0.45, 0.07, 4), (0.78, 0.07, 8), (1.0, hard, 18))
+    bones = [_rod(line, tall, thick * np.linspace(1, 0.75, len(line)), hollow) for line in made.ribs()]
+    for line in made.collar():
+        bones.append(_rod(np.stack([np.interp(np.linspace(0, 3, 160), range(4), a) for a in line.T], 1), 6.0, 6.0, hollow))
+    at = np.linspace(0, 1, 20)[:, None]
+    vessels = [_rod(a + (b - a) * at, r - 0.2 * r * at[:, 0], r - 0.2 * r * at[:, 0], ((1.0, 0.17, 4 if r < 1.5 else 9),)) for a, b, r, _ in made.vessels()]
+    picture = np.zeros(size[0] * size[1])
+    for pieces in (bones, vessels):
+        places, amount = (np.concatenate(p) for p in zip(*pieces))
+        row, deep, column = onto(places.T.astype(np.float32))
+        if pieces is vessels:
+            voxel = tuple(np.clip(np.rint(a), 0, n - 1).astype(np.intp) for a, n in zip((row, deep, column), canvas.tissue.shape))
+            amount = amount * (canvas.hu[voxel] < -650)
+        row, column = (row + 0.5) * scale[0] - 0.5, (column + 0.5) * scale[1] - 0.5
+        inside = (row >= 0) & (row < size[0] - 1) & (column >= 0) & (column < size[1] - 1)
+        row, column, amount = row[inside], column[inside], amount[inside] / area
+        low = row.astype(np.intp) * size[1] + column.astype(np.intp)
+        down, across = row % 1, column % 1
+        for step, share in ((0, (1 - down) * (1 - across)), (1, (1 - down) * across), (size[1], down * (1 - across)), (size[1] + 1, down * across)):
+            picture += np.bincount(low + step, share * amount, len(picture))
+    return picture.reshape(size).astype(np.float32)
+
+
+def _rod(line: np.ndarray, up: float | np.ndarray, out: float | np.ndarray, rings: Sequence[tuple[float, float, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """((M, 3) places of the pieces of a bent rod, attenuation times mm3 / 10 of each).
+
+    line: (N, 3). up, out: its radii in mm, towards the head and away from the axis of the body. rings: (share of the radii that
+    the ring reaches, attenuation per cm, how many pieces it is cut into).
+    """
+    way = np.gradient(line, axis=0)
+    long = np.linalg.norm(way, axis=1)
+    way = way / long[:, None]
+    side = np.stack([np.zeros(len(line)), way[:, 2], -way[:, 1]], 1) + 1e-6  # across the way, level
+    side /= np.linalg.norm(side, axis=1)[:, None]
+    head = np.cross(side, way)
+    up, out = (np.broadcast_to(r, len(line)) for r in (up, out))
+    places, amounts, inner = [], [], 0.0
+    for share, mu, n in rings:
+        turn, at = np.arange(n)[:, None, None] * (2 * math.pi / n) + 0.3, (inner + share) / 2
+        places.append((line + at * (up[:, None] * np.cos(turn) * head + out[:, None] * np.sin(turn) * side)).reshape(-1, 3))
+        amounts.append(np.tile(mu * math.pi * (share**2 - inner**2) * up * out * long / (10 * n), n))
+        inner = share
+    return np.concatenate(places), np.concatenate(amounts)
 
 
 def mediastinum(canvas: Canvas, made: Trunk) -> np.ndarray:
@@ -83,14 +143,16 @@ def developed(line: np.ndarray, masks: Mapping[str, np.ndarray], pixel: float, a
     seen = primary + u(0.5, 1.4) * (1.6 if ap else 1) * gaussian_filter(np.minimum(primary, 1.5 * level), 30 / pixel, truncate=2)
     grain = gaussian_filter(lot.standard_normal(line.shape, np.float32), u(0.3, 0.7))
     dust = gaussian_filter(lot.standard_normal(line.shape, np.float32), u(1.0, 1.8) / pixel * 1.4)  # the finest vessels
-    film = -np.log(seen) + u(0.008, 0.03) / float(grain.std()) * grain * np.sqrt(level / seen) ** 0.7
-    film += u(0.01, 0.035) / float(dust.std()) * dust * gaussian_filter(lungs.astype(np.float32), 4 / pixel)
-    film = gaussian_filter(film, u(0.1, 0.6) + (0.3 if ap else 0))
+    film = -np.log(seen) + u(0.005, 0.022) / float(grain.std()) * grain * np.sqrt(level / seen) ** 0.7
+    film += u(0.01, 0.03) / float(dust.std()) * dust * gaussian_filter(lungs.astype(np.float32), 4 / pixel)
+    film = gaussian_filter(film, u(0.1, 0.5) + (0.2 if ap else 0))
     film = np.minimum(film, 12)
     film += u(0.2, 1.1) * (film - gaussian_filter(film, 9 / pixel)) - u(0, 0.35) * gaussian_filter(film, 45 / pixel, truncate=2)
     dark = float(np.median(film[lungs])) if lungs.any() else float(np.median(film))
     dense = film[masks["cardiomediastinum"] & ~masks["airways"]]
-    gain = u(48, 88) / max(float(np.median(dense)) - dark if len(dense) else 1.0, 0.3)
+    span = max(float(np.median(dense)) - dark if len(dense) else 1.0, 0.3)
+    gain = u(42, 78) / span
+    film = np.where(film > dark + span, dark + span + u(0.2, 0.45) * (film - dark - span), film)
     x = (np.clip(lot.normal(116, 20), 75, 160) + gain * (film - dark) - 127.5) / 127.5
     grey = 127.5 + 127.5 * np.tanh(1.15 * x) / math.tanh(1.15)
     inside = np.ones(grey.shape, bool)

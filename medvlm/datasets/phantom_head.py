@@ -11,17 +11,14 @@ import numpy as np
 
 from .phantom_canvas import BONE, FAT, FLUID, GREY, ID, MUSCLE, SIGN, SOFT, WHITE, Canvas, clouds, egg, turned_by
 
-HEAD = ("hemorrhage", "midline shift", "mass")
-"""What may be wrong with it."""
-
 
 class Head:
     """A head by lot, painted by :meth:`paint`. shift: mm by which the middle of the brain lies towards the patient's left, 0 for none."""
 
     def __init__(self, lot: np.random.Generator, shift: float = 0, contrast: float = 0):
         u = lot.uniform
-        self.lot, self.shift, self.contrast, self.size = lot, shift, contrast, u(0.92, 1.06)
-        self.outer = np.array((101 * u(0.95, 1.04), 97 * u(0.95, 1.05), 76 * u(0.95, 1.05))) * self.size
+        self.lot, self.shift, self.contrast, self.size = lot, shift, contrast, u(0.94, 1.05)
+        self.outer = np.array((97 * u(0.95, 1.04), 95 * u(0.95, 1.05), 75 * u(0.95, 1.05))) * self.size
         self.scalp, self.bone, self.wide = u(4, 9), u(5.5, 8.5), u(0.7, 1.7)
         self.grey, self.white, self.fluid = u(37, 43), u(25, 31), u(2, 12)
 
@@ -29,7 +26,7 @@ class Head:
         u, s = self.lot.uniform, self.size
         skull, inner = self.outer - self.scalp, self.outer - self.scalp - self.bone
         middle = (4 * s, 0, 0)
-        canvas.blob(middle, self.outer, 10, SOFT)
+        canvas.blob(middle, self.outer, u(-80, -20), FAT)
         canvas.blob((-72 * s, -42 * s, 0), (82 * s, 56 * s, 62 * s), 25, MUSCLE)
         canvas.blob((-72 * s, -96 * s, 0), (22, 16, 13), 30, SOFT)  # the nose
         canvas.blob((-170 * s, 14, 0), (120 * s, 58 * s, 58 * s), 45, MUSCLE)
@@ -94,10 +91,10 @@ class Head:
         bent = x - np.float32(self.shift) * np.exp(-(((y - 2) / 52) ** 2) - ((z - 12) / 44) ** 2)
         folds, fine = clouds(z.shape, lot, 9 / canvas.step), clouds(z.shape, lot, 5 / canvas.step)
         deep = self.cavity + 3.0 + 3.5 * np.clip(1 - 2.6 * np.abs(folds), 0, 1) * u(0.3, 1.6)
-        cleft = np.where((z > 18) | (np.abs(y) > 46), 1.6 * self.wide - np.abs(bent), -5)
+        cleft = np.where((z > 18) | (np.abs(y) > 46), 1.6 * self.wide - np.abs(bent), np.float32(-99))
         brain = np.maximum(deep, cleft)
         canvas.paint(block, brain / mean, self.grey, GREY)
-        core = np.maximum(brain + 6 + 3 * fine + 4 * folds, 9 - np.abs(bent) - 0.2 * np.abs(z - 5))
+        core = np.maximum(brain + 6 + 2 * fine + 2.5 * folds, 9 - np.abs(bent) - 0.2 * np.abs(z - 5))
         canvas.paint(block, np.maximum(core, -26 * s - z) / mean, self.white, WHITE)
         canvas.paint(block, (np.maximum(np.abs(bent) - 0.6, np.where((z > 26) | (y < -40) | (y > 40), -1, 3)) + np.maximum(self.cavity + 1, 0)) / mean, 52, None,
                      canvas.among(block, (FLUID, GREY)) & (z > -20))  # fmt: skip
@@ -122,32 +119,3 @@ class Head:
         moved.blob((-24 * s, -8 * s, 0), (7, 9, 11), self.fluid, FLUID, within=brainy)
         if self.contrast:
             canvas.paint(block, (np.hypot(x, y - (inner[1] - 4)) - 4) / mean, 35 + self.contrast, None, z > -10)
-
-    def add(self, canvas: Canvas, finding: str, side: str | None = None) -> dict[str, str]:
-        """Paint one of :data:`HEAD`; gives its words. A midline shift was painted with the brain."""
-        lot, u = self.lot, self.lot.uniform
-        if finding == "midline shift":
-            return {"finding": finding, "side": "left" if self.shift > 0 else "right"}
-        side = side or str(lot.choice(list(SIGN)))
-        brain, said = (GREY, WHITE), {"finding": finding, "side": side}
-        x = canvas.points[2][self.block]
-        if finding == "hemorrhage" and lot.random() < 0.4:  # between skull and brain
-            z, y, _ = canvas.points[(slice(None), *self.block)]
-            thick, tall, long = u(9, 20), u(32, 60), u(35, 70)
-            far = -(self.cavity + thick * (1 - ((z - u(5, 35)) / tall) ** 2 - ((y - u(-25, 25)) / long) ** 2))
-            far = np.maximum(far, 6 - SIGN[side] * x)
-            canvas.paint(self.block, far / float(canvas.step.mean()), u(55, 85), ID[finding], canvas.among(self.block, (*brain, FLUID)))
-            return said
-        radius = u(9, 22)
-        few = tuple(slice(s.start, s.stop, 2) for s in self.block)
-        there = np.isin(canvas.tissue[few], brain) & (SIGN[side] * canvas.points[2][few] > 0.6 * radius + 6) & (canvas.points[0][few] > -15)
-        found = np.argwhere(there & (self.cavity[::2, ::2, ::2] < -0.9 * radius))
-        place = canvas.points[(slice(None), *few)][(slice(None), *lot.choice(found if len(found) else np.argwhere(there)))]
-        shape = radius * np.array((u(0.8, 1.1), u(0.8, 1.2), 1))
-        own = lambda p: (2 - SIGN[side] * p[2]) / canvas.step[2]  # noqa: E731
-        canvas.blob(place, shape + u(3, 14), 17, None, within=brain, rough=3, lot=lot, also=own)  # swelling
-        bright = u(58, 85) if finding == "hemorrhage" else u(40, 58) + 0.5 * self.contrast
-        canvas.blob(place, shape, bright, ID[finding], within=(*brain, FLUID), rough=0.1 * radius, lot=lot, also=own)
-        if finding == "mass" and lot.random() < 0.5:
-            canvas.blob(place, 0.55 * shape, 12, None, within=(ID["mass"],), rough=1, lot=lot)  # dead inside
-        return said

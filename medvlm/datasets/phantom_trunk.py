@@ -10,15 +10,12 @@ chest, mediastinum below 8 cm at the arch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
-from .phantom_canvas import FAT, ID, LUNGS, MUSCLE, SIGN, SOFT, VESSEL, Canvas, clouds, turned_by
+from .phantom_canvas import FAT, LUNGS, MUSCLE, SIGN, SOFT, VESSEL, Canvas, clouds, turned_by
 
-CHEST = ("consolidation", "ground-glass opacity", "pleural effusion", "pneumothorax", "cardiomegaly", "nodule", "mass")
-BELLY = ("liver lesion", "kidney stone", "kidney cyst")
-ZONES = ("upper", "middle", "lower")
 _HEIGHT = {27: -219, 28: -185, 29: -150, 30: -115, 31: -81, 32: -50, 33: -22, 34: 5, 35: 31, 36: 56, 37: 80, 38: 103, 39: 125, 40: 147,
            41: 168, 42: 189, 43: 209, 44: 228, 45: 245, 46: 261, 47: 277}  # fmt: skip
 """{vertebra: z of its middle in a chest of 215 mm from dome to apex}."""
@@ -30,11 +27,12 @@ class Trunk:
     """A chest and abdomen by lot, painted by :meth:`paint`. upright: deep breath, air on top, fluid below; else lying on the back.
 
     ratio: width of the heart over the inner width of the chest. contrast: HU that contrast medium adds to blood. arms: beside the body.
-    apart: shoulders drawn forward, blades off the lungs, as for a PA film.
+    apart: shoulders drawn forward, blades off the lungs, as for a PA film. film: leave out ribs, collar bones and vessels of the lungs, which :meth:`ribs` and :meth:`vessels` give as lines.
     """
 
-    def __init__(self, lot: np.random.Generator, upright: bool, ratio: float, contrast: float = 0, arms: bool = False, apart: bool = True):
-        self.lot, self.upright, self.ratio, self.contrast, self.arms, self.apart = lot, upright, ratio, contrast, arms, apart
+    def __init__(self, lot: np.random.Generator, upright: bool, ratio: float, contrast: float = 0, arms: bool = False, apart: bool = True,
+                 film: bool = False):  # fmt: skip
+        self.lot, self.upright, self.ratio, self.contrast, self.arms, self.apart, self.film = lot, upright, ratio, contrast, arms, apart, film
         grown, u = lot.uniform(0.88, 1.08), lot.uniform
         self.female, self.fat = bool(lot.random() < 0.5), float(np.clip(lot.gamma(2.2, 9), 4, 55))
         self.wide, self.deep = 134 * grown * u(0.94, 1.07), 92 * grown * u(0.9, 1.1) * (1 if upright else 0.95)
@@ -105,7 +103,8 @@ class Trunk:
         self._belly(canvas)
         self._middle(canvas)
         self._bones(canvas)
-        self._vessels(canvas)
+        for a, b, thick, side in () if self.film else self.vessels():
+            canvas.tube([a, b], (thick, 0.8 * thick), self.blood - 10, None, LUNGS[side])
 
     def _lungs(self, canvas: Canvas, block: tuple[slice, ...]) -> None:
         """And what lies between them."""
@@ -116,7 +115,7 @@ class Trunk:
         canvas.paint(block, np.maximum(wall / step, (dome - z) / sz), 15, SOFT)
         behind, above = 1 / (1 + np.exp((f(0.45 * d) - y) / f(9))), 1 / (1 + np.exp((f(0.52 * h) - z) / f(10)))
         amid = 1 / (1 + np.exp((f(-0.40 * d) - y) / f(8)))
-        half = 7 + behind * 7 + amid * (6 + above * (17 - behind * 14) + 7 * np.exp(-(((z - f(0.5 * h)) / 26) ** 2))) + 3 * clouds(z.shape, self.lot, 34 / canvas.step)
+        half = 7 + behind * 7 + amid * (6 + above * (9 - behind * 8) * np.clip((f(1.1 * h) - z) / f(0.4 * h), 0, 1) + 7 * np.exp(-(((z - f(0.5 * h)) / 26) ** 2))) + 3 * clouds(z.shape, self.lot, 34 / canvas.step)
         oblique, level = z - (f(0.36 * h) + f(0.5 * h / d) * y), z > 0.47 * h
         lobes = {"right": np.where(oblique < 0, np.uint8(14), np.where(level, np.uint8(12), np.uint8(13))), "left": np.where(oblique < 0, np.uint8(11), np.uint8(10))}
         below = np.maximum((wall + f(1.5)) / step, (dome - z) / sz)
@@ -152,7 +151,7 @@ class Trunk:
 
         def liver(points: np.ndarray) -> np.ndarray:  # its lower face climbs to the left
             z, y, x = points
-            return np.maximum(inside(points), ((-low + 0.62 * (x + w) - 0.25 * (y - 20)) - z) / canvas.step[0] * 0.8)
+            return np.maximum(inside(points), ((-low + 0.52 * (x + w) - 0.25 * (y - 20)) - z) / canvas.step[0] * 0.8)
 
         low = u(135, 165)
         canvas.blob((-55, -0.05 * d, -0.34 * w), (120, 0.98 * d, 0.92 * w), self.liver, 5, also=liver)
@@ -206,7 +205,7 @@ class Trunk:
         half = self.ratio * self.wide * 0.985
         radii *= (half / 62) ** np.array((0.6, 0.8, 1.0))
         radii *= half / math.sqrt(((turn[2] * radii) ** 2).sum())
-        centre = np.array((0.26 * radii.mean() + 10, self.front(0.15 * h) + 0.72 * radii.mean() + 4, 0.28 * half))
+        centre = np.array((0.26 * radii.mean() + 10, self.front(0.15 * h) + 0.72 * radii.mean() + 4, 0.34 * half))  # a third to the right of the midline
         centre[0] = max(centre[0], 0.62 * math.sqrt(((turn[0] * radii) ** 2).sum()) - 8)
         self.heart = (centre, radii, turn)
         back, arch = self.back(0.5 * h), 0.66 * h
@@ -238,21 +237,19 @@ class Trunk:
         canvas.tube(pipes, pipe, -995, 16)
 
     def _bones(self, canvas: Canvas) -> None:
-        lot, u, w, d, h = self.lot, self.lot.uniform, self.wide, self.deep, self.high
+        u, w, d, h = self.lot.uniform, self.wide, self.deep, self.high
         spongy, hard = u(110, 220), u(600, 1000)
         block = canvas.near((-150, -d - 20, -w - 15), (h + 5, d + 20, w + 15))
-        if block is not None:
+        if block is not None and not self.film:
             there = np.nonzero(np.abs(self.wall[block] - 5) < 16)
             self._ribs(canvas, tuple(i + s.start for i, s in zip(there, block)), spongy, hard)
         self._spine(canvas, spongy, hard)
         canvas.blob((0.80 * h, self.front(0.80 * h) - 6, 0), (23, 7, 26), spongy + 80, 116, turn=turned_by(x=-18), power=4)
         canvas.blob((0.42 * h, self.front(0.42 * h) - 7, 0), (52, 6, 16), spongy + 80, 116, turn=turned_by(x=-10), power=4)
+        for number, line in () if self.film else zip((74, 73), self.collar()):
+            canvas.tube(line, (7.5, 6, 5.5, 5.5), hard, number)
         for side, sign in SIGN.items():
             left = side == "left"
-            raised = 0 if self.arms or self.upright else 18
-            bend = lot.normal(0, 3, 3)
-            canvas.tube([(0.83 * h, self.front(0.83 * h) - 6, sign * 16), np.array((0.88 * h, -24, sign * 0.42 * w)) + bend,
-                         (0.95 * h + raised, 8, sign * 0.8 * w), (0.96 * h + raised, 18, sign * (w + 14))], (7.5, 6, 5.5, 5.5), hard, 73 if left else 74)  # fmt: skip
             out = w * (1.0 if self.apart else 0.84) + u(-4, 6)
             turn = turned_by(z=sign * (52 if self.apart else 32), y=-sign * u(4, 14))
             canvas.blob((0.55 * h, 0.70 * d + 10, sign * out), (0.34 * h, 4.5, 36), hard * 0.8, 71 if left else 72, turn=turn, power=4)
@@ -274,17 +271,16 @@ class Trunk:
 
     def _ribs(self, canvas: Canvas, at: tuple[np.ndarray, ...], spongy: float, hard: float) -> None:
         """At points near the wall of the chest: ribs fall from their vertebra to the side and on to the front, where gristle climbs to the sternum."""
-        u, h = self.lot.uniform, self.high
+        u = self.lot.uniform
         z, y, x = canvas.points[(slice(None), *at)]
         wall, across = self.wall[at], self.across[at]
         around = np.arctan2(np.abs(x), y - self.inner["middle"][self._at(z)])
-        steep = (0.40 + 0.60 * np.clip((h - z) / (0.6 * h), 0, 1)) * (0.46 * h)
-        fall = steep * (1 - np.cos(np.minimum(around, 2.3))) / 1.67 - np.clip(around - 2.3, 0, 1) * 55
-        level = self._at(z + fall)
+        level = self._at(z + self._fall(around, z))
         number, off = self.level["number"][level], self.level["off"][level]
         rib = np.clip(44 - number.astype(np.int16), 1, 12)  # 43 is T1
         end = np.array((0, *_RIB_END), np.float32)[rib]
-        thick, tall = u(4, 5), u(5.5, 7) / 0.85
+        front = around > 1.7
+        thick, tall = np.where(front, np.float32(0.7), np.float32(1)) * np.float32(u(4.5, 5.5)), u(5.5, 7) / 0.85
         a, b = (wall - 5) / thick, off / tall
         size = np.sqrt(a * a + b * b) + 1e-3
         far = (size - 1) * size / np.sqrt((a * across / thick) ** 2 + (b * canvas.step[0] / tall) ** 2 + 1e-6)
@@ -317,8 +313,8 @@ class Trunk:
         canvas.paint(block, np.minimum(np.minimum(arch, spike), wing) / step, 0.5 * hard, number, ok)
         canvas.paint(block, (np.hypot(across, deep - canal) - 7) / step, 25, 79, ok)
 
-    def _vessels(self, canvas: Canvas) -> None:
-        """Branching arteries and veins of the lungs; they bear the lung's number, as its outline does."""
+    def vessels(self) -> Iterator[tuple[np.ndarray, np.ndarray, float, str]]:
+        """Branching arteries and veins of the lungs: from, to, radius, side. They bear the lung's number, as its outline does."""
         lot, h = self.lot, self.high
         for side, sign in SIGN.items():
             ends = [(np.array((0.49 * h, 6.0, sign * 44)), lot.normal(0, 1, 3) * (1.0, 0.8, 0.5) + (-0.1, 0, 0.9 * sign), 4.2) for _ in range(7)]
@@ -327,74 +323,32 @@ class Trunk:
                 for place, way, thick in ends:
                     way = way / np.linalg.norm(way)
                     tip = place + way * lot.uniform(18, 34) * (h / 215)
-                    canvas.tube([place, tip], (thick, 0.8 * thick), self.blood - 10, None, LUNGS[side])
+                    yield place, tip, thick, side
                     grown += [(tip, way + lot.normal(0, 0.55, 3), thick * lot.uniform(0.55, 0.78)) for _ in range(2 if thick > 1.2 else 1)]
                 ends = grown
 
-    def add(self, canvas: Canvas, finding: str, side: str | None = None) -> dict[str, str]:
-        """Paint one of :data:`CHEST` or :data:`BELLY`; gives its words: finding, and side and zone where it has them."""
-        lot, u = self.lot, self.lot.uniform
-        side = side or str(lot.choice(list(SIGN)))
-        said = {"finding": finding, "side": side}
-        if finding == "cardiomegaly":  # drawn with the heart
-            return {"finding": finding}
-        if finding in BELLY:
-            return said | self._lesion(canvas, finding, side)
-        zone, number, within = str(lot.choice(ZONES)), ID[finding], LUNGS[side]
-        if finding == "pleural effusion":
-            z, y, _ = canvas.points[(slice(None), *self.block)]
-            if self.upright:
-                far = (z - u(-28, 35) - u(20, 45) * np.exp(np.minimum(self.wall[self.block], 0) / 16)) / canvas.step[0]
-            else:
-                far = (u(0.25, 0.7) * self.deep - y) / canvas.step[1]
-            canvas.paint(self.block, far, u(-5, 22), number, canvas.among(self.block, within))
-            return said
-        if finding == "pneumothorax":
-            z, y, _ = canvas.points[(slice(None), *self.block)]
-            gap = u(16, 42) * np.clip(0.15 + 0.85 * z / self.high, 0.1, 1) if self.upright else u(18, 45) * np.clip(0.4 - y / self.deep, 0, 1.4)
-            away, step = self.wall[self.block] + gap, self.across[self.block]
-            there = canvas.among(self.block, within)
-            canvas.paint(self.block, (np.abs(away + 1.5) - 1.5) / step, -350, None, there)  # the edge of the lung
-            canvas.paint(self.block, -away / step, -998, number, there)
-            return said
-        if finding in ("nodule", "mass"):
-            radius = u(5, 14) if finding == "nodule" else u(18, 34)
-            place = self._place(canvas, within, zone, radius)
-            canvas.blob(place, radius * np.array((u(0.85, 1.1), u(0.85, 1.1), 1)), u(10, 60), number, within=within, rough=0.06 * radius, lot=lot)
-            return said | {"zone": zone}
-        if finding == "consolidation":
-            place, reach = self._place(canvas, within, zone, 12), u(26, 46)
-            canvas.blob(place, reach * np.array((u(0.7, 1), u(0.8, 1.1), u(0.8, 1.1))), u(-80, 40), number, within=within, rough=0.25 * reach, lot=lot, share=u(0.85, 1))
-            return said | {"zone": zone}
-        both = lot.random() < 0.4  # ground glass
-        for one in SIGN if both else (side,):
-            for _ in range(int(lot.integers(2, 5))):
-                place, reach = self._place(canvas, LUNGS[one], None if both else zone, 8), u(20, 42)
-                canvas.blob(place, reach * np.array((u(0.7, 1.1), 1, u(0.7, 1.1))), u(-520, -330), number, within=LUNGS[one], rough=0.3 * reach, lot=lot, share=0.85)
-        return {"finding": finding, "side": "both"} if both else said | {"zone": zone}
+    def ribs(self) -> Iterator[np.ndarray]:
+        """Middle lines (N, 3) of the bony ribs, one point a millimetre or so, from the spine to the front."""
+        for number in range(32, 44):
+            level = float(_HEIGHT[number] * (self.high / 215 if _HEIGHT[number] > 0 else 1))
+            around = np.arange(0.2, _RIB_END[43 - number], 0.009, np.float32)
+            z = np.full_like(around, level)
+            for _ in range(4):
+                z = level - self._fall(around, z)
+            at = self._at(z)
+            wide, deep, middle = (self.inner[k][at] for k in ("wide", "deep", "middle"))
+            for sign in SIGN.values():
+                yield np.stack([z, middle + (deep + 5) * np.cos(around), sign * (wide + 5) * np.sin(around)], 1)
 
-    def _place(self, canvas: Canvas, within: Sequence[int], zone: str | None, inside: float) -> np.ndarray:
-        """A point of the lung, ``inside`` mm from the chest wall, in a third of its height where one is asked for."""
-        third = {"lower": (-0.08, 0.30), "middle": (0.38, 0.62), "upper": (0.70, 0.93), None: (0.0, 0.9)}[zone]
-        few = tuple(slice(s.start, s.stop, 3) for s in self.block)
-        z, tissue, wall = canvas.points[0][few], canvas.tissue[few], self.wall[few]
-        right = np.isin(tissue, within) & (z > third[0] * self.high) & (z < third[1] * self.high)
-        found = np.argwhere(right & (wall < -inside))
-        found = found if len(found) else np.argwhere(right) if right.any() else np.argwhere(np.isin(tissue, within))
-        return canvas.points[(slice(None), *few)][(slice(None), *self.lot.choice(found))]
+    def collar(self) -> Iterator[np.ndarray]:
+        """Lines of the collar bones, patient's right first."""
+        h, w, raised = self.high, self.wide, 0 if self.arms or self.upright else 18
+        for sign in SIGN.values():
+            bend = self.lot.normal(0, 3, 3)
+            yield np.array([(0.83 * h, self.front(0.83 * h) - 6, sign * 16), np.array((0.88 * h, -24, sign * 0.42 * w)) + bend,
+                            (0.95 * h + raised, 8, sign * 0.8 * w), (0.96 * h + raised, 18, sign * (w + 14))])  # fmt: skip
 
-    def _lesion(self, canvas: Canvas, finding: str, side: str) -> dict[str, str]:
-        lot, u = self.lot, self.lot.uniform
-        if finding == "liver lesion":
-            found = np.argwhere(canvas.tissue[::2, ::2, ::2] == ID["liver"]) * 2
-            radius, place = u(7, 27), canvas.points[(slice(None), *lot.choice(found))]
-            canvas.blob(place, (radius, radius, radius), self.liver - u(22, 45), ID[finding], within=(ID["liver"],), rough=0.08 * radius, lot=lot)
-            return {"side": ""}
-        kidney = ID[f"kidney_{side}"]
-        if finding == "kidney stone":
-            place, radius = self.kidneys[side] + (u(-22, 22), -2, -SIGN[side] * u(4, 9)), u(3.5, 8)
-            canvas.blob(place, (radius, radius, radius), u(500, 1200), ID[finding])
-        else:
-            place, radius = self.kidneys[side] + (u(-38, 38), u(-6, 10), SIGN[side] * u(14, 26)), u(9, 26)
-            canvas.blob(place, (radius, radius, radius), u(-2, 14), ID[finding], within=(kidney, FAT))
-        return {}
+    def _fall(self, around: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """How far a rib lies below its vertebra, by the angle from the spine."""
+        steep = (0.40 + 0.60 * np.clip((self.high - z) / (0.6 * self.high), 0, 1)) * (0.46 * self.high)
+        return steep * (1 - np.cos(np.minimum(around, 2.3))) / 1.67 - np.clip(around - 2.3, 0, 1) * 55
