@@ -226,7 +226,8 @@ def _seen(made: Trunk | Head, part: str, size: Sequence[int], lot: np.random.Gen
         low, high = (u(-135, -80), u(95, 112)) if lot.random() < 0.5 else (u(-60, -45), u(95, 112))
         wide = u(215, 255)
     else:
-        low, high = {"chest": (u(-90, -60), made.high + u(5, 35)), "abdomen": (u(-385, -345), u(20, 60)) if lot.random() < 0.4 else (u(-215, -185), u(20, 60))}[part]
+        low = u(-90, -60) if part == "chest" else u(-385, -345) if lot.random() < 0.4 else u(-215, -185)
+        high = made.high + u(5, 35) if part == "chest" else u(20, 60)
         wide = 2 * (made.wide + 0.8 * made.fat + 18) * u(1.05, 1.25)
     step = np.array(((high - low) / size[0], wide / size[1], wide / size[2]))
     step[1:] = step[1:].max()
@@ -245,7 +246,7 @@ def _ct(canvas: Canvas, noisy: tuple[float, float], lot: np.random.Generator) ->
         ground = np.flatnonzero((values > -500).any((0, 2)))
         h, w = np.arange(values.shape[1])[:, None], np.arange(values.shape[2]) - values.shape[2] / 2
         bow = (ground[-1] if len(ground) else 0) + 4 / step[1] - (w * step[2]) ** 2 / 1400 / step[1]
-        values += np.clip(1 - np.abs(h - bow) * step[1] / 3, 0, 1) * 850 * (values < -900)
+        values += np.clip(1 - np.abs(h - bow) * step[1] / 3, 0, 1) * 1050 * (values < -900)
     grain = lot.uniform(0.4, 0.8)
     noise = gaussian_filter(lot.standard_normal(values.shape, np.float32), (0, grain, grain))
     values = gaussian_filter(values, (0, *(lot.uniform(0.2, 0.55),) * 2)) + lot.uniform(*noisy) / float(noise.std()) * noise
@@ -286,11 +287,12 @@ def _xray(folder: Path, id: str, kind: str, made: Trunk, findings: Sequence[str]
     said = [add(made, canvas, f) for f in findings]
     deep = float(canvas.step[1])
     film = resized(project(canvas.hu, deep), size) + threads(made, canvas, onto, size)
-    thick = {**{f"{side}_lung": (field.sum(1) * deep, 5) for side, field in fields.items()},
+    thick = {**{f"{side}_lung": (field.sum(1) * deep, 30) for side, field in fields.items()},
              "airways": ((canvas.tissue == ID["trachea"]).sum(1) * deep, 3),
              **{OUTLINED[s["finding"]]: ((canvas.tissue == ID[s["finding"]]).sum(1) * deep, 4) for s in said if s["finding"] in OUTLINED}}  # fmt: skip
     shown = resized(gaussian_filter(~hidden * 1.0, 1), size, 1) > 0.5
     masks = {name: (resized(gaussian_filter(mm * 1.0, 0.8), size, 1) > least) & (shown if name != "airways" else True) for name, (mm, least) in thick.items()}
+    masks = {name: m if name in ("right_lung", "left_lung", "airways") else m & (masks["right_lung"] | masks["left_lung"]) for name, m in masks.items()}
     masks["cardiomediastinum"] = resized(heart, size, 1) > 0.5
     pixel = float(canvas.step[2]) * canvas.tissue.shape[2] / size[1]
     grey, inside = developed(film, masks, pixel, ap, lot)
@@ -322,13 +324,15 @@ def _report(kind: str, found: Mapping[str, int | None], said: Sequence[Mapping[s
     """What is there, then all that was looked for and is not."""
     there, lacking = [_phrase(s, lot) for s in said], [f for f, v in found.items() if v == 0]
     style = pick(lot, (0, 1, 2))
-    none = [f"No {listed(lacking, 'or')}."] if style == 0 and lacking else [pick(lot, sentences.variants(f, "absent")) if style == 1 else f"No {f}." for f in lacking]
+    none = [pick(lot, sentences.variants(f, "absent")) if style == 1 else f"No {f}." for f in lacking]
+    none = [f"No {listed(lacking, 'or')}."] if style == 0 and lacking else none
     findings = " ".join(there + none)
     impression = " ".join(there) or "None of the findings that were looked for."
     return {"text": f"FINDINGS: {findings} IMPRESSION: {impression}", "sections": {"findings": findings, "impression": impression}}
 
 
-def _questions(id: str, found: Mapping[str, int | None], said: Sequence[Mapping[str, str]], shown: Mapping[str, bool], lot: np.random.Generator) -> list[dict[str, Any]]:
+def _questions(id: str, found: Mapping[str, int | None], said: Sequence[Mapping[str, str]], shown: Mapping[str, bool],
+               lot: np.random.Generator) -> list[dict[str, Any]]:  # fmt: skip
     """Pairs of one to be answered yes and one no, in an order by lot."""
     asked: list[tuple[str, str, str]] = []
 

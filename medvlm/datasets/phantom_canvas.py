@@ -29,7 +29,7 @@ NAMES = {
 }  # fmt: skip
 """{number in a label map: name}. The tissues below have a number and no name; grey and white matter are the brain."""
 ID = {name: number for number, name in NAMES.items()}
-FAT, MUSCLE, SOFT, BONE, AIR, VESSEL, FLUID, GREY, WHITE = range(120, 129)
+FAT, MUSCLE, SOFT, BONE, VESSEL, FLUID, GREY, WHITE = range(120, 128)
 LUNGS = {"right": (12, 13, 14), "left": (10, 11)}
 SIGN = {"right": -1, "left": 1}
 
@@ -160,4 +160,10 @@ def points_of(axes: Sequence[np.ndarray], lot: np.random.Generator, turn: np.nda
 
     z, y, x = (a + b for a, b in zip(axes, bends(*axes)))
     points = np.stack([(t[i, 0] * z + t[i, 1] * y + t[i, 2] * x).astype(np.float32, copy=False) for i in range(3)])
-    return points, lambda places: (own := t.T @ places) - np.stack(list(bends(*(own - np.stack(list(bends(*own)))))))
+
+    def back(places: np.ndarray) -> np.ndarray:
+        bent = t.T @ places
+        straight = bent - np.stack(list(bends(*bent)))
+        return bent - np.stack(list(bends(*straight)))  # twice is near enough: it bends by far less than a wave
+
+    return points, back

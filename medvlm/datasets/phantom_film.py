@@ -34,7 +34,7 @@ def rays(made: Trunk, size: Sequence[int], ap: bool, lot: np.random.Generator) -
     (3, N) places lie on that grid."""
     u = lot.uniform
     rows, columns = (max(48, round(0.5625 * n)) if n <= 320 else 180 for n in size)
-    wide = 2 * (made.wide + 18 + 0.3 * made.fat) * u(0.92, 1.22)
+    wide = 2 * (made.wide + 18 + 0.3 * made.fat) * u(0.95, 1.32)
     pixel, thick = wide / columns, 2 * (made.deep + 30 + 0.9 * made.fat)
     y = (np.arange(40, dtype=np.float32) - 19.5) * np.float32(thick / 40) + 5
     far = u(1000, 1300) if ap else u(1500, 1900)
@@ -147,19 +147,20 @@ def developed(line: np.ndarray, masks: Mapping[str, np.ndarray], pixel: float, a
     film += u(0.01, 0.03) / float(dust.std()) * dust * gaussian_filter(lungs.astype(np.float32), 4 / pixel)
     film = gaussian_filter(film, u(0.1, 0.5) + (0.2 if ap else 0))
     film = np.minimum(film, 12)
-    film += u(0.2, 1.1) * (film - gaussian_filter(film, 9 / pixel)) - u(0, 0.35) * gaussian_filter(film, 45 / pixel, truncate=2)
+    film += u(0.2, 1.1) * (film - gaussian_filter(film, 9 / pixel)) - u(0.1, 0.5) * gaussian_filter(film, 45 / pixel, truncate=2)
     dark = float(np.median(film[lungs])) if lungs.any() else float(np.median(film))
     dense = film[masks["cardiomediastinum"] & ~masks["airways"]]
     span = max(float(np.median(dense)) - dark if len(dense) else 1.0, 0.3)
-    gain = u(42, 78) / span
+    gain = u(36, 66) / span
     film = np.where(film > dark + span, dark + span + u(0.2, 0.45) * (film - dark - span), film)
-    x = (np.clip(lot.normal(116, 20), 75, 160) + gain * (film - dark) - 127.5) / 127.5
+    x = (np.clip(lot.normal(126, 22), 80, 170) + gain * (film - dark) - 127.5) / 127.5
     grey = 127.5 + 127.5 * np.tanh(1.15 * x) / math.tanh(1.15)
     inside = np.ones(grey.shape, bool)
     if lot.random() < 0.45:
         top, bottom, left, right = (lot.random(4) < 0.6) * u(0, 0.07, 4)
         inside[:] = False
-        inside[round(top * len(grey)) : len(grey) - round(bottom * len(grey)), round(left * grey.shape[1]) : grey.shape[1] - round(right * grey.shape[1])] = True
+        height, width = grey.shape
+        inside[round(top * height) : round((1 - bottom) * height), round(left * width) : round((1 - right) * width)] = True
         inside = rotate(inside, lot.normal(0, 1.2), reshape=False, order=0)
         grey = np.where(inside, grey, pick(lot, (0, 0, 0, 12, 30)))
     return np.clip(grey, 0, 255), inside

@@ -42,7 +42,10 @@ def add(made: Trunk | Head, canvas: Canvas, finding: str) -> dict[str, str]:
         return said
     if finding == "pneumothorax":
         z, y, _ = canvas.points[(slice(None), *made.block)]
-        gap = u(24, 50) * np.clip(z / made.high, 0, 1) - 7 if made.upright else u(18, 45) * np.clip(0.4 - y / made.deep, 0, 1.4)
+        if made.upright:
+            gap = u(18, 42) * np.clip((z / made.high - u(-0.1, 0.3)) / 0.15, 0, 1) * (0.5 + 0.5 * z / made.high) - 4
+        else:
+            gap = u(18, 45) * np.clip(0.4 - y / made.deep, 0, 1.4)
         away, step = made.wall[made.block] + gap, made.across[made.block]
         there = canvas.among(made.block, within)
         canvas.paint(made.block, (np.abs(away + 1.5) - 1.5) / step, -350, None, there)  # the edge of the lung
@@ -55,7 +58,8 @@ def add(made: Trunk | Head, canvas: Canvas, finding: str) -> dict[str, str]:
         return said | {"zone": zone}
     if finding == "consolidation":
         place, reach = _place(made, canvas, within, zone, 12), u(26, 46)
-        canvas.blob(place, reach * np.array((u(0.7, 1), u(0.8, 1.1), u(0.8, 1.1))), u(-80, 40), number, within=within, rough=0.25 * reach, lot=lot, share=u(0.85, 1))
+        radii = reach * np.array((u(0.7, 1), u(0.8, 1.1), u(0.8, 1.1)))
+        canvas.blob(place, radii, u(-80, 40), number, within=within, rough=0.25 * reach, lot=lot, share=u(0.85, 1))
         return said | {"zone": zone}
     both = lot.random() < 0.4  # ground glass
     for one in SIGN if both else (side,):

@@ -46,8 +46,8 @@ class Head:
             canvas.blob((-36 * s, -90 * s, sign * 33 * s), (4.5, 2.5, 4.5), 90)
             canvas.blob((-66 * s, -60 * s, sign * 28 * s), (18, 21, 16), 600, ID["skull"])
             canvas.blob((-66 * s, -60 * s, sign * 28 * s), (16, 18.5, 13.5), -980, ID["sinus_maxillary"])
-            canvas.tube([(-42 * s, -64 * s, sign * 50 * s), (-56 * s, -72 * s, sign * 46 * s), (-52 * s, -30 * s, sign * 66 * s), (-44 * s, -4 * s, sign * 64 * s)], 4, 800,
-                        ID["skull"])  # fmt: skip
+            cheek = [(a * s, b * s, sign * c * s) for a, b, c in ((-42, -64, 50), (-56, -72, 46), (-52, -30, 66), (-44, -4, 64))]
+            canvas.tube(cheek, 4, 800, ID["skull"])
             canvas.blob((-52 * s, 26 * s, sign * 52 * s), (20, 16, 12), 550, ID["skull"])
             canvas.blob((-52 * s, 27 * s, sign * 53 * s), (15, 12, 8), -250, rough=3, lot=self.lot)
         canvas.blob((-58 * s, -66 * s, 0), (24, 30, 14), 350, ID["skull"], power=4)
@@ -110,8 +110,9 @@ class Head:
             moved.blob((5 * s, -14 * s, sign * 25 * s), (13, 20, 7), self.grey + 2, GREY, within=brainy, turn=turned_by(z=sign * 18))
             moved.blob((16 * s, -26 * s, sign * 12 * s), (9, 9, 5), self.grey + 2, GREY, within=brainy)
             moved.tube([(-2 * s, 4, sign * 42 * s), (-2 * s, -18 * s, sign * 44 * s)], 2.2 * wide, self.fluid, FLUID, within=brainy)
-            horn = [(8, -38, 9), (18, -22, 8), (24, 4, 12), (18, 26, 20), (8, 40, 26), (4, 60, 22)]
-            moved.tube([(a * s, b * s, sign * c * s) for a, b, c in horn], np.array((4, 5, 5, 6, 7, 2.5)) * wide**0.7, self.fluid, ID[f"lateral_ventricle_{name}"], within=brainy)
+            horns = [(a * s, b * s, sign * c * s) for a, b, c in ((8, -38, 9), (18, -22, 8), (24, 4, 12), (18, 26, 20), (8, 40, 26), (4, 60, 22))]
+            thick = np.array((4, 5, 5, 6, 7, 2.5)) * wide**0.7
+            moved.tube(horns, thick, self.fluid, ID[f"lateral_ventricle_{name}"], within=brainy)
             if lot.random() < 0.5:
                 moved.blob((10 * s, 38 * s, sign * 23 * s), (3, 3, 2.5), u(80, 220))
         moved.blob((2 * s, 2, 0), (10, 14, 2.2 * wide), self.fluid, FLUID, within=brainy)

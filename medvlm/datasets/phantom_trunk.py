@@ -27,7 +27,8 @@ class Trunk:
     """A chest and abdomen by lot, painted by :meth:`paint`. upright: deep breath, air on top, fluid below; else lying on the back.
 
     ratio: width of the heart over the inner width of the chest. contrast: HU that contrast medium adds to blood. arms: beside the body.
-    apart: shoulders drawn forward, blades off the lungs, as for a PA film. film: leave out ribs, collar bones and vessels of the lungs, which :meth:`ribs` and :meth:`vessels` give as lines.
+    apart: shoulders drawn forward, blades off the lungs, as for a PA film. film: leave out ribs, collar bones and vessels of the lungs, which
+    :meth:`ribs`, :meth:`collar` and :meth:`vessels` give as lines.
     """
 
     def __init__(self, lot: np.random.Generator, upright: bool, ratio: float, contrast: float = 0, arms: bool = False, apart: bool = True,
@@ -115,9 +116,12 @@ class Trunk:
         canvas.paint(block, np.maximum(wall / step, (dome - z) / sz), 15, SOFT)
         behind, above = 1 / (1 + np.exp((f(0.45 * d) - y) / f(9))), 1 / (1 + np.exp((f(0.52 * h) - z) / f(10)))
         amid = 1 / (1 + np.exp((f(-0.40 * d) - y) / f(8)))
-        half = 7 + behind * 7 + amid * (6 + above * (9 - behind * 8) * np.clip((f(1.1 * h) - z) / f(0.4 * h), 0, 1) + 7 * np.exp(-(((z - f(0.5 * h)) / 26) ** 2))) + 3 * clouds(z.shape, self.lot, 34 / canvas.step)
+        vessels = above * (9 - behind * 8) * np.clip((f(1.1 * h) - z) / f(0.4 * h), 0, 1)
+        hilum = 7 * np.exp(-(((z - f(0.5 * h)) / 26) ** 2))
+        half = 7 + behind * 7 + amid * (6 + vessels + hilum) + 3 * clouds(z.shape, self.lot, 34 / canvas.step)  # of the middle's width
         oblique, level = z - (f(0.36 * h) + f(0.5 * h / d) * y), z > 0.47 * h
-        lobes = {"right": np.where(oblique < 0, np.uint8(14), np.where(level, np.uint8(12), np.uint8(13))), "left": np.where(oblique < 0, np.uint8(11), np.uint8(10))}
+        lower, upper, middle = np.uint8((14, 11)), np.uint8((12, 10)), np.uint8(13)
+        lobes = {"right": np.where(oblique < 0, lower[0], np.where(level, upper[0], middle)), "left": np.where(oblique < 0, lower[1], upper[1])}
         below = np.maximum((wall + f(1.5)) / step, (dome - z) / sz)
         for side, sign in SIGN.items():
             canvas.paint(block, np.maximum(below, (half + (5 if sign > 0 else 0) - sign * x) / sx), self.lung, lobes[side])
@@ -151,30 +155,32 @@ class Trunk:
 
         def liver(points: np.ndarray) -> np.ndarray:  # its lower face climbs to the left
             z, y, x = points
-            return np.maximum(inside(points), ((-low + 0.52 * (x + w) - 0.25 * (y - 20)) - z) / canvas.step[0] * 0.8)
+            return np.maximum(inside(points), ((-tip + 0.52 * (x + w) - 0.25 * (y - 20)) - z) / canvas.step[0] * 0.8)
 
-        low = u(135, 165)
+        tip = u(135, 165)
         canvas.blob((-55, -0.05 * d, -0.34 * w), (120, 0.98 * d, 0.92 * w), self.liver, 5, also=liver)
         canvas.blob((self.left_dome - 52, 0.42 * d, 0.70 * w), (u(46, 56), u(36, 44), u(24, 30)), u(42, 55) + soft, 1, turn=turned_by(y=-18), also=inside)
         ground, place = u(-5, 35), (-58 + self.left_dome, -0.22 * d, 0.36 * w)
-        canvas.blob(place, (48, 42, 38), 38 + soft / 2, 6, also=inside)
-        canvas.tube([(place[0] - 25, place[1] - 5, place[2]), (-122, -0.45 * d, 12), (-115, -0.35 * d, -22)], (27, 20, 14), 38 + soft / 2, 6)
+        canvas.blob(place, (48, 42, 38), 38 + soft / 2, 6, within=(FAT,), also=inside)
+        canvas.tube([(place[0] - 25, place[1] - 5, place[2]), (-122, -0.45 * d, 12), (-115, -0.35 * d, -22)], (27, 20, 14), 38 + soft / 2, 6, within=(FAT, 6))
         canvas.blob(place, (44, 38, 34), ground, within=(6,))
         gas = (place[0] + 26, place[1], place[2]) if self.upright else (place[0], place[1] - 24, place[2])
         canvas.blob(gas, (u(8, 20), u(16, 24), u(16, 28)) if self.upright else (u(20, 32), u(8, 16), u(16, 26)), -990, within=(6,))
         colon = {"right": [(-262, 0.05 * d, -0.66 * w), (-200, 0.15 * d, -0.72 * w), (-148, 0.05 * d, -0.66 * w)],
                  "across": [(-148, -0.2 * d, -0.62 * w), (-185, -0.72 * d, -0.2 * w), (-175, -0.72 * d, 0.2 * w), (-95, -0.1 * d, 0.72 * w)],
-                 "left": [(-95, 0.1 * d, 0.74 * w), (-180, 0.25 * d, 0.74 * w), (-262, 0.1 * d, 0.66 * w), (-300, 0.2 * d, 0.25 * w), (-330, 0.42 * d, 0)]}  # fmt: skip
+                 "left": [(-95, 0.1 * d, 0.74 * w), (-180, 0.25 * d, 0.74 * w), (-262, 0.1 * d, 0.66 * w), (-300, 0.2 * d, 0.25 * w),
+                          (-330, 0.42 * d, 0)]}  # fmt: skip
         for places in colon.values():
             places = np.array(places) + lot.normal(0, 5, (len(places), 3))
-            canvas.tube(places, u(17, 24), 35, 20)
+            canvas.tube(places, u(17, 24), 35, 20, within=(FAT, 20))
             canvas.tube(places, 14, lot.choice([-60, 10, -400]), within=(20,))
             for _ in range(3):
                 k = lot.integers(len(places) - 1)
                 spot = places[k] + lot.random() * (places[k + 1] - places[k]) + (0, 0 if self.upright else -5, 0)
                 canvas.blob(spot, (u(12, 24), u(9, 13), u(10, 18)), -960, within=(20,))
         for _ in range(int(lot.integers(20, 34))):
-            spot = np.array((u(-290, -130), u(-0.7, 0.25) * d, u(-0.55, 0.55) * w)) if lot.random() < 0.7 else np.array((u(-160, -85), u(-0.5, 0.1) * d, u(0.1, 0.6) * w))
+            low, high, right, left = (-290, -130, -0.55, 0.55) if lot.random() < 0.7 else (-160, -85, 0.1, 0.6)
+            spot = np.array((u(low, high), u(-0.7, 0.2) * d, u(right, left) * w))
             other = spot + lot.normal(0, (10, 12, 32))
             canvas.tube([spot, (spot + other) / 2 + lot.normal(0, 10, 3), other], u(9, 14), u(15, 35) + soft / 3, 18, within=(FAT, 18))
             if lot.random() < 0.3:
@@ -227,7 +233,7 @@ class Trunk:
         canvas.tube([(-120, self.back(-120) - 46, -8), (-75, -5, -40)], (7, 6), self.blood, None)
         fork = np.array((0.60 * h, back - 40, 4.0))
         canvas.tube([(h + 70, 10, 2), (0.6 * h, back - 25, 5), (0.2 * h, back - 30, 6), (-35, back - 32, 22)], 7, 35, 15)
-        pipe = u(7.5, 10.5)
+        pipe = u(6.8, 9.5)
         for sign, fall, reach in ((-1, 36, 40), (1, 34, 52)):
             ends = [fork, fork + (-0.55 * fall, 3, 0.5 * sign * reach), fork + (-fall, 8, sign * reach)]
             canvas.tube(ends, (0.85 * pipe, 0.8 * pipe, 0.55 * pipe), 0, None)
