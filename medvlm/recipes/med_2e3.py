@@ -59,10 +59,10 @@ RECIPE = Recipe(
     samples=samples,
     tokenizer=towers.vocabulary,
     stages=(
-        Stage("align", "lm", {"*": 1.0}, {"volumes": 1.0}, lr=1e-3, steps=200, batch=8, turns=2, kinds={"asked": 0.0, "finding": 0.0}, augment=0.0,
+        Stage("align", "lm", {"*": 1.0}, {"volumes": 1.0}, lr=1e-3, steps=450, batch=8, turns=2, kinds={"asked": 0.0, "finding": 0.0}, augment=0.0,
               warmup=20),
-        Stage("tune", "lm", {"*": 1.0}, {"volumes": 1.0}, lr=1e-3, steps=480, batch=8, turns=8,
-              kinds={"asked": 12.0, "finding": 5.0, "report": 0.02, "caption": 0.1}, augment=0.0, warmup=20),
+        Stage("tune", "lm", {"*": 1.0}, {"volumes": 1.0}, lr=1e-3, steps=350, batch=8, turns=5,
+              kinds={"asked": 4.0, "finding": 2.0, "report": 4.0, "caption": 1.0}, augment=0.0, warmup=20),
     ),
     tasks=("vqa", "probe", "report"),
     scales={"paper": (
