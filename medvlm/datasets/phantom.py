@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import MedVLMError, UsageError
+from ..errors import UsageError
 from ..imaging.files import writing
 from ..imaging.nifti import save_nifti
 from ..imaging.scan import Volume
@@ -57,7 +57,7 @@ from .phantom_film import developed, lettered, mediastinum, project, rays, resiz
 from .phantom_findings import BELLY, CHEST, HEAD, ZONES, add
 from .phantom_head import Head
 from .phantom_trunk import Trunk
-from .shapes import STORED, listed, patients, pick
+from .shapes import STORED, listed, patients, pick, told
 
 FINDINGS = {"chest-xray": CHEST, "chest-ct": CHEST, "abdomen-ct": BELLY, "head-ct": HEAD,
             "abdomen-mr": tuple(f for f in BELLY if f != "kidney stone"), "head-mr": HEAD}  # fmt: skip
@@ -358,7 +358,7 @@ def _questions(id: str, found: Mapping[str, int | None], said: Sequence[Mapping[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of :func:`write`; 0 done, 1 the work failed, 2 bad usage."""
+    """The command line of :func:`write`, see :func:`told`."""
     parser = argparse.ArgumentParser("python -m medvlm.datasets.phantom", description="Write a made data set of anatomy and words (manifest.jsonl).")
     parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     parser.add_argument("--count", type=int, default=300, help="images (default: 300)")
@@ -366,13 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other patients (default: 0)")
     parser.add_argument("--size", type=int, nargs="+", metavar="N", help="height and width, or slices, height and width (default: 256 256, 64 128 128)")
     args = parser.parse_args(argv)
-    try:
-        write(args.out, args.count, args.kind, args.seed, args.size)
-    except MedVLMError as error:
-        print(error, file=sys.stderr)
-        return 1 if error.code == "CANNOT_WRITE" else 2
-    print(f"{args.count} images in {args.out}")
-    return 0
+    return told(args.out, args.count, lambda: write(args.out, args.count, args.kind, args.seed, args.size))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -376,8 +376,19 @@ def _twins(objects: Sequence[_Object], about: str, lot: np.random.Generator) -> 
     return (shape, value), pick(lot, pick(lot, [group for group in false if group]))
 
 
+def told(out: Path, count: int, make: Callable[[], Any]) -> int:
+    """Run ``make`` for a command line and say what came of it: 0 done, 1 the work failed, 2 bad usage."""
+    try:
+        make()
+    except MedVLMError as error:
+        print(error, file=sys.stderr)
+        return 1 if error.code == "CANNOT_WRITE" else 2
+    print(f"{count} images in {out}")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of :func:`write`; 0 done, 1 the work failed, 2 bad usage."""
+    """The command line of :func:`write`, see :func:`told`."""
     parser = argparse.ArgumentParser("python -m medvlm.datasets.shapes", description="Write a made data set of shapes and words (manifest.jsonl).")
     parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     parser.add_argument("--count", type=int, default=300, help="images (default: 300)")
@@ -387,13 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--modality", help="what the images pass for (default: xray, ct)")
     parser.add_argument("--text", default="report", choices=TEXTS, help="what the row's text is (default: report)")
     args = parser.parse_args(argv)
-    try:
-        write(args.out, args.count, args.rank, args.seed, args.size, args.modality, args.text)
-    except MedVLMError as error:
-        print(error, file=sys.stderr)
-        return 1 if error.code == "CANNOT_WRITE" else 2
-    print(f"{args.count} images in {args.out}")
-    return 0
+    return told(args.out, args.count, lambda: write(args.out, args.count, args.rank, args.seed, args.size, args.modality, args.text))
 
 
 if __name__ == "__main__":
