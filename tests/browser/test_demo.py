@@ -160,15 +160,15 @@ def visit(browser, address):
     visit.page.close()
 
 
-def choose(visit, study: str) -> None:
-    box = visit.page.locator("#mv-study input")
-    for _ in range(3):  # a list that is drawn anew while the mouse is on its way swallows the click
+def choose(visit, name: str, of: str = "study") -> None:
+    box = visit.page.locator(f"#mv-{of} input")
+    for _ in range(5):  # a list that is drawn anew while the mouse is on its way swallows the click
         box.click()
-        visit.page.get_by_role("option", name=study).click()
+        visit.page.get_by_role("option", name=name).click()
         visit.page.wait_for_timeout(300)
-        if study in box.input_value():
+        if name in box.input_value():
             return
-    raise AssertionError(f"the page shows {box.input_value()!r}, not {study!r}")
+    raise AssertionError(f"the page shows {box.input_value()!r}, not {name!r}")
 
 
 def colours(pixels: np.ndarray) -> int:
@@ -279,8 +279,7 @@ def test_an_own_picture_is_opened_and_its_kind_told(visit, tmp_path):
     upload(visit, file)
     visit.text("#mv-findings", "No reading: oracle has not learned to read unknown images.")
     visit.text(".mv-corner", "kind not stated")
-    visit.page.locator("#mv-kind input").click()
-    visit.page.get_by_role("option", name="xray").click()
+    choose(visit, "xray", of="kind")
     visit.text("#mv-findings", "There is|opacity")
     assert colours(visit.pixels()) > 0
     nothing_of_the_patient(visit)
@@ -341,8 +340,7 @@ def test_several_images_are_listed(browser, oracle, tmp_path):
     visit = Visit(browser, app.serve(blocks))
     try:
         visit.text("#mv-findings", "opacity")
-        visit.page.locator("#mv-image input").click()
-        visit.page.get_by_role("option", name="photo-1").click()
+        choose(visit, "photo-1", of="image")
         visit.text("#mv-findings", "not learned to read fundus")
     finally:
         visit.page.close()
