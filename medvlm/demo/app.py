@@ -329,11 +329,12 @@ def build(model: Model, opened: Sequence[tuple[str, Study]] = ()):
         @_said_on(status, {findings: viewer.alarm("No reading: the model failed.", "refused")})
         def report(now, preset, invert, labels, opacity, style):
             case = _alive(now).case
-            if case is None or case.report is not None:
+            if case is None:
                 return {}
             case.read(model)
             if now.case is not case:  # another image was opened meanwhile
                 return {}
+            # what was read before is shown too: a browser that asks twice has put "Reading…" over the first answer
             return lit(case, preset, invert, opacity, style) | {notes: viewer.notes(case.study, case.scene)}
 
         @_said_on(status)
