@@ -6,7 +6,8 @@ a neck that makes one embedding out of an encoder's levels; a coarse map for eac
 that embedding (deep supervision, Lee et al. 2015, arXiv:1409.5185: a decoder without pretrained weights hardly learns
 without), from which a prompt that names it starts; a projection of [SEG] states to prompt tokens (LISA, Lai et al. 2023,
 arXiv:2308.00692, section 3.2); a probability that the target is there; one image a prompt in a batch; and, where asked
-for, a refiner that draws what is thinner than the decoder's cells. SAM's (x, y) order is known here and in its twins only.
+for, a refiner that draws what is thinner than the decoder's cells, or a ladder from which the labels known by name are
+drawn without the decoder. SAM's (x, y) order is known here and in its twins only.
 
 A flipped image with flipped prompts does not give the flipped mask of the same weights: random Fourier positions and
 transposed convolutions tell left from right. That of mirrored weights (frequencies negated, kernels flipped) it is.
@@ -67,7 +68,7 @@ class Masks(NamedTuple):
 
 
 class Embedding(NamedTuple):
-    """What the prompts of a batch of images share. map: (B, dim, *grid). fine: (B, width, *finer grid) for the refiner."""
+    """What the prompts of a batch of images share. map: (B, dim, *grid). fine: (B, width, *finer grid) of the refiner or the ladder."""
 
     map: Tensor
     fine: Tensor | None = None
@@ -78,18 +79,19 @@ class MaskHead(nn.Module):
 
     labels: names of the coarse maps of ``dense``, (dim) -> (labels) at the embedding's grid. A prompt that names one
     starts from it: the map is its mask prompt, and the decoder's logits are added to it. up: cells of the decoder's
-    logits to one of the embedding's, along each axis.
+    logits to one of the embedding's, along each axis. ladder: the maps are read off its fine map instead, (B, labels, *finer
+    grid), and are what is drawn of a label known by name; of such a prompt the decoder tells the presence alone.
     """
 
     def __init__(
         self, neck: nn.Module, prompt_encoder: PromptEncoder, decoder: MaskDecoder, lm_dim: int, labels: tuple[str, ...],
-        up: tuple[int, ...] = (4, 4), refiner: Refiner | None = None,
+        up: tuple[int, ...] = (4, 4), refiner: Refiner | None = None, ladder: Ladder | None = None,
     ):  # fmt: skip
         super().__init__()
         dim = decoder.transformer_dim
         self.labels, self.up = tuple(labels), tuple(up)
-        self.dense = CONV[len(up)](dim, len(labels), 1) if labels else None
-        self.neck, self.prompt_encoder, self.decoder, self.refiner = neck, prompt_encoder, decoder, refiner
+        self.dense = CONV[len(up)](dim if ladder is None else ladder.width, len(labels), 1) if labels else None
+        self.neck, self.prompt_encoder, self.decoder, self.refiner, self.ladder = neck, prompt_encoder, decoder, refiner, ladder
         self.speak = nn.Sequential(nn.LayerNorm(lm_dim), nn.Linear(lm_dim, dim), nn.ReLU(), nn.Linear(dim, dim))
         self.presence = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
         self.register_buffer("scale", torch.ones(()))
@@ -97,7 +99,12 @@ class MaskHead(nn.Module):
 
     def embed(self, features: Features) -> Embedding:
         """What is computed once of the images, however many prompts follow."""
-        return Embedding(self.neck(features), self.refiner.neck(features) if self.refiner else None)
+        fine = self.refiner.neck(features) if self.refiner else self.ladder(features) if self.ladder else None
+        return Embedding(self.neck(features), fine)
+
+    def outlines(self, features: Features) -> Tensor:
+        """:meth:`maps` of these features, without what only prompts need."""
+        return self.dense(self.neck(features) if self.ladder is None else self.ladder(features))
 
     def forward(self, features: Features, prompts: Prompts) -> Masks:
         return self.decode(self.embed(features), prompts)
@@ -108,18 +115,22 @@ class MaskHead(nn.Module):
         coarse = self._coarse(embedding, prompts)
         if coarse is not None:
             known = (prompts.named >= 0).reshape(-1, *[1] * (coarse.ndim - 1))
-            dense = torch.where(known, self.prompt_encoder.mask_downscaling(coarse), dense)
+            hint = self._sized(coarse, tuple(n * u for n, u in zip(embedding.map.shape[2:], self.up)))
+            dense = torch.where(known, self.prompt_encoder.mask_downscaling(hint), dense)
         masks, quality, states = decode(self.decoder, embedding.map[image], self._positions(embedding.map), sparse, dense, prompts.draw)
         logits = masks[:, 0]
-        if coarse is not None:
+        if self.ladder is not None:
+            logits = self._sized(masks[:, :1], tuple(embedding.fine.shape[2:]))[:, 0]
+            logits = logits if coarse is None else torch.where(known[shown, 0], coarse[shown, 0], logits)
+        elif coarse is not None:
             logits = logits + (coarse * known)[shown, 0]
         if self.refiner is not None:
             logits = self.refiner(embedding.fine[image[shown]], logits, states[shown, 1])
         return Masks(logits, quality[:, 0], self.presence(states[:, 0])[:, 0])
 
     def maps(self, embedding: Embedding) -> Tensor:
-        """(B, labels, *grid) logits of the labels known by name, at the embedding's stride."""
-        return self.dense(embedding.map)
+        """(B, labels, *grid) logits of the labels known by name, at the embedding's stride, or at the finest level's with a ladder."""
+        return self.dense(embedding.map if self.ladder is None else embedding.fine)
 
     def scribble(self, coverage: Tensor) -> Tensor:
         """Rough masks over the input (P, *size), > 0 where marked -> Prompts.masks: a cell that is touched is marked.
@@ -131,11 +142,14 @@ class MaskHead(nn.Module):
         return torch.where(pool(coverage[:, None].float(), grid) > 0, 1 - MARKED, MARKED).logit()
 
     def _coarse(self, embedding: Embedding, prompts: Prompts) -> Tensor | None:
-        """(P, 1, *(grid * up)) logits of the named targets' own maps; they learn from their own loss alone."""
+        """(P, 1, *grid) logits of the named targets' own maps, as large as what is drawn; they learn from their own loss alone."""
         if self.dense is None or prompts.named is None:
             return None
         maps = self.maps(embedding)[prompts.image, prompts.named.clamp(min=0)][:, None].detach()
-        return F.interpolate(maps, scale_factor=self.up, mode=LINEAR[len(self.up)], align_corners=False)
+        return maps if self.ladder is not None else self._sized(maps, tuple(n * u for n, u in zip(maps.shape[2:], self.up)))
+
+    def _sized(self, maps: Tensor, grid: tuple[int, ...]) -> Tensor:
+        return maps if maps.shape[2:] == grid else F.interpolate(maps, grid, mode=LINEAR[len(grid)], align_corners=False)
 
     def probability(self, present: Tensor) -> Tensor:
         """Calibrated chance that the target is there."""
@@ -235,6 +249,30 @@ class Refiner(nn.Module):
         return (wide + self.correct(torch.cat([chosen, wide], 1)))[:, 0]
 
 
+class Ladder(nn.Module):
+    """Features.levels -> one map of ``width`` channels at the finest level's stride: from the coarsest level upwards, each rung
+    joins what came from below with its level in two convolutions. Source: U-Net's expansive path, Ronneberger et al. 2015,
+    arXiv:1505.04597, section 2; with batch norms, and rungs half as much wider at each step down.
+    """
+
+    def __init__(self, level_dims: tuple[int, ...], width: int, rank: int = 2):
+        super().__init__()
+        self.width, rungs = width, [width + width // 2 * k for k in range(len(level_dims))]
+        conv, norm = CONV[rank], {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[rank]
+        self.foot = conv(level_dims[-1], rungs[-1], 1)
+        self.rungs = nn.ModuleList(
+            nn.Sequential(conv(dim + below, here, 3, padding=1, bias=False), norm(here), nn.ReLU(), conv(here, here, 3, padding=1, bias=False), norm(here), nn.ReLU())
+            for dim, here, below in zip(level_dims, rungs, rungs[1:])
+        )  # fmt: skip
+
+    def forward(self, features: Features) -> Tensor:
+        map = self.foot(features.levels[-1])
+        for level, rung in zip(features.levels[-2::-1], reversed(self.rungs)):
+            wide = F.interpolate(map, level.shape[2:], mode=LINEAR[level.ndim - 2], align_corners=False)
+            map = rung(torch.cat([level, wide], 1))
+        return map
+
+
 def each(stride: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
     """A stride as one number an axis."""
     return (stride,) * rank if isinstance(stride, int) else tuple(stride)
@@ -243,19 +281,23 @@ def each(stride: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
 def build(
     level_dims: tuple[int, ...], level_strides: tuple, lm_dim: int, size: tuple[int, ...],
     dim: int = 128, stride: int | tuple[int, ...] = 8, depth: int = 2, heads: int = 8, labels: tuple[str, ...] = (), refine: int = 0,
+    ladder: int = 0,
 ) -> MaskHead:  # fmt: skip
     """A mask head for inputs of ``size``, (H, W) or (D, H, W), whose logits have ``stride / 4``, along D at least 1.
 
     level_dims, level_strides: the encoder's, finest first. lm_dim: width of the [SEG] states.
     dim, depth, heads: of the two-way transformer (SAM: 256, 2, 8). stride: of the image embedding (SAM: 16), one number
     or one an axis. labels: targets that are known by name, () for none. refine: channels of a refiner, which gives logits
-    at the stride of the finest level instead; 0 for none.
+    at the stride of the finest level instead; 0 for none. ladder: channels of the fine map that the labels are drawn from
+    instead; 0 for none.
 
     Raises:
-        ModelError: BAD_RECIPE for strides that do not fit the input, the levels or each other.
+        ModelError: BAD_RECIPE for a ladder beside a refiner or without labels, and for strides that do not fit the input, the levels or each other.
     """
     size, rank = tuple(size), len(size)
     stride = each(stride, rank)
+    if ladder and (refine or not labels):
+        raise ModelError("a ladder draws the labels known by name, and a refiner what the decoder has drawn: a head has one of them", "BAD_RECIPE", "give labels, and ladder or refine")
     if rank not in CONV or any(n % k for n, k in zip(size, stride)):
         raise ModelError(f"an input of {size} has no whole embedding of stride {stride}", "BAD_RECIPE", "give (H, W) or (D, H, W) and a stride that divides it")
     up = (4, 4) if rank == 2 else tuple(min(4, k) for k in stride)
@@ -274,5 +316,5 @@ def build(
         Pyramid(level_dims, level_strides, dim, stride, rank),
         PromptEncoder(**prompts) if rank == 2 else VolumePromptEncoder(**prompts, up=up),
         MaskDecoder(**masks) if rank == 2 else volume_decoder(**masks, up=up),
-        lm_dim, labels, up, Refiner(level_dims, level_strides, dim, refine, rank) if refine else None,
+        lm_dim, labels, up, Refiner(level_dims, level_strides, dim, refine, rank) if refine else None, Ladder(level_dims, ladder, rank) if ladder else None,
     )  # fmt: skip

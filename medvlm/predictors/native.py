@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ import torch.nn.functional as F
 from ..datasets import sentences
 from ..datasets.facts import MODALITY_NAMES
 from ..datasets.instruct import ASK, MODALITY_WORDS, side_of, word
+from ..datasets.slices import sliced
 from ..encoders.base import Features
 from ..errors import ModelError
-from ..heads.mask import Masks, Prompts
-from ..imaging.scan import Image, Study, Volume
+from ..heads.mask import Prompts
+from ..imaging.scan import Image, Study, Volume, turned
 from ..language import IMAGE, ROLES, SEG, Batch, Encoded, collate, encode, ends
-from ..preprocess import Frame, blend, inputs, tiles, to_tensor
+from ..preprocess import UPRIGHT, Frame, blend, inputs, tiles, to_tensor
 from ..sample import (
     Answer,
     Finding,
@@ -34,6 +36,7 @@ from ..sample import (
     box_of,
 )
 from ..vlm import MedVLM
+from . import known, survey
 from .base import Model, by_prompts, check_question, clicks, corners, digest, pick, place, pretrained, verb_of, words_of
 from .chat import sentences_of
 from .prefix import Tree
@@ -47,12 +50,21 @@ FOREIGN = 0.05
 """A picture whose header names the right modality is still refused below this chance."""
 REMEMBERED = 4
 """Images whose features are kept, and sets of labels whose prompts are."""
+AT_ONCE = 8
+"""Slices and windows that are encoded together."""
+LARGEST = 8.0
+"""A picture is looked at through windows at up to so many times the resolution at which the whole fits."""
+FOUND = 0.1
+"""Least score of an object that is boxed."""
 REPORT_TOKENS = 256
 """Of a report in the model's own words, at most."""
 ALIASES = {"heart": "heart and mediastinum", "mediastinum": "heart and mediastinum", "trachea": "airways",
            "ggo": "ground-glass opacity", "ground glass opacity": "ground-glass opacity", "effusion": "pleural effusion",
-           "covid": "COVID-19 pneumonia", "covid-19": "COVID-19 pneumonia", "et tube": "endotracheal tube"}  # fmt: skip
-JOINED = {"lungs": ("right lung", "left lung"), "both lungs": ("right lung", "left lung")}
+           "retinal vessels": "vessels", "blood vessels": "vessels", "vessel": "vessels", "nucleus": "nuclei", "cell nuclei": "nuclei",
+           "bones": "bone", "skeleton": "bone", "liver parenchyma": "liver", "bladder": "urinary bladder", "ivc": "inferior vena cava",
+           "red blood cells": "RBC", "red blood cell": "RBC", "erythrocytes": "RBC", "white blood cells": "WBC", "white blood cell": "WBC",
+           "leukocytes": "WBC", "platelet": "platelets", "thrombocytes": "platelets", "covid": "COVID-19 pneumonia", "covid-19": "COVID-19 pneumonia", "et tube": "endotracheal tube"}  # fmt: skip
+JOINED = {"lungs": ("right lung", "left lung"), "both lungs": ("right lung", "left lung"), "kidneys": ("right kidney", "left kidney")}
 WHERE = {"cardiomegaly": ("heart and mediastinum",), "endotracheal tube": ("airways",), "nasogastric tube": ("heart and mediastinum",)}
 """Structures a finding without an outline of its own was looked for in; the lungs for all others."""
 KINDS = {"pneumonia": ("COVID-19 pneumonia", "bacterial pneumonia")}
@@ -100,12 +112,13 @@ class NativeModel(Model):
         self._limit = 0 if vlm.lm is None else vlm.lm.config.max_position_embeddings - 64  # the rest is for the answer
         self._seen: dict[int, tuple] = {}
         self._names: dict[tuple, torch.Tensor] = {}
+        self._cut: dict[tuple[int, int], tuple[Volume, tuple[Image, ...]]] = {}
         self._trunk: tuple | None = None
 
     def ask(self, study, question: str, image: str | None = None) -> Answer:
         question = check_question(question)
         images = self._images(study, image)
-        ((text, chance, chances),) = self._answers(images, [_turns(question)], [choices_of(question)])
+        ((text, chance, chances),) = self._answered(images, [_turns(question)], [choices_of(question)])
         if SEG in text:
             return Answer(_unmarked(text), chance, chances, self._named(images, _turns(question), text))
         regions = () if text == "no" else tuple(r for picture in images.values() for r in self._mentioned(picture, question))
@@ -140,7 +153,7 @@ class NativeModel(Model):
             check_question(sample.question)
             asked.append(sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns)
         choices = [s.choices or choices_of(s.question) for s in samples]
-        answers = self._answers(images, asked, choices)
+        answers = self._answered(images, asked, choices)
         regions = [
             self._named(images, turns, text) if SEG in text
             else tuple(r for p in images.values() for r in self._mentioned(p, s.question)) if s.regions and text != "no" else ()
@@ -148,6 +161,58 @@ class NativeModel(Model):
         ]
         share = (time.perf_counter() - began) / len(samples)
         return [Prediction(s.id, _unmarked(text), chance, chances, places, seconds=share) for s, (text, chance, chances), places in zip(samples, answers, regions)]
+
+    def _answered(self, images, asked: Sequence[Sequence[Turn]], choices: Sequence[Sequence[str] | None]):
+        """:meth:`_answers`, but for what the heads know better, and of volumes by their slices: chances are the mean over all, words those of the middle."""
+        found: dict[int, tuple] = {}
+        only = next(iter(images.values())) if len(images) == 1 else None
+        for i, turns in enumerate(asked):
+            if only is not None and len(turns) == 1 and (wanted := self._wanted(only, turns[0].text)) is not None:
+                found[i] = known.answer(wanted, self._chances(only), lambda target: self.presence(only, [target])[0])
+        rest = [i for i in range(len(asked)) if i not in found]
+        deep = [key for key, x in images.items() if self._sliced(x)]
+        if rest:
+            shown = zip(*(self._slices(images[key], self.vlm.config.about["slices"]) for key in deep)) if deep else [()]
+            each = [self._answers({**images, **dict(zip(deep, one))}, [asked[i] for i in rest], [choices[i] for i in rest]) for one in shown]
+            for k, i in enumerate(rest):
+                text, chance, chances = each[len(each) // 2][k]
+                if chances is not None:
+                    chances = {c: float(np.mean([a[k][2][c] for a in each])) for c in chances}
+                    text = self._pick(chances)
+                    chance = chances[text]
+                found[i] = text, chance, chances
+        return [found[i] for i in range(len(asked))]
+
+    def _wanted(self, picture: Image | Volume, question: str) -> known.Asked | None:
+        """What a question asks of the heads of this model, None where it has none for that."""
+        about, head = self.vlm.config.about, self.vlm.head("classify", self.vlm.route(picture.modality)[0])
+        if head is None or "outlined" not in about:
+            return None
+        groups = {g[0].partition(":")[0]: [n.partition(":")[2] for n in g] for g in head.groups}
+        kind = self._kind(picture)
+        findings = [n for n in head.labels if ":" not in n] if kind == "xray" else []
+        return known.asked(question, groups, findings, about["outlined"].get(kind, ()))
+
+    def _kind(self, picture: Image | Volume) -> str:
+        """The picture's modality, or where nobody says it the one that it looks like."""
+        if picture.modality not in ("unknown", "ct_or_mr") or "outlined" not in self.vlm.config.about:
+            return picture.modality
+        chances = {n.partition(":")[2]: p for n, p in self._chances(picture).items() if n.startswith("modality:")}
+        return max(chances, key=chances.get) if chances else picture.modality
+
+    def _sliced(self, picture: Image | Volume) -> bool:
+        """Whether this is a volume that the model sees slice by slice."""
+        return isinstance(picture, Volume) and "slices" in self.vlm.config.about and len(self.vlm.encoders[self.vlm.route(picture.modality)[0]].spec.size) == 2
+
+    def _slices(self, volume: Volume, count: int) -> tuple[Image, ...]:
+        """Evenly spaced axial slices of a volume; those of the last ones are kept."""
+        key = id(volume), count
+        if key not in self._cut:
+            while len(self._cut) >= REMEMBERED:
+                self._cut.pop(next(iter(self._cut)))
+            made = sliced([Sample("volume", images={volume.id: volume})], count)
+            self._cut[key] = volume, tuple(next(iter(one[0].images.values())) for one in made)
+        return self._cut[key][1]
 
     def choose(self, picture: Image | Volume, question: str, choices: Sequence[str]) -> dict[str, float]:
         """{choice: probability}, from the chance the language model gives each whole answer; yes/no is calibrated."""
@@ -195,8 +260,30 @@ class NativeModel(Model):
         return Segmentation(picture, _words(target), mask, max(p.present for p in parts))
 
     def ground(self, study, phrase, image=None) -> list[Region]:
+        if (label := self._object(phrase)) is not None:
+            return self._boxed(self._readable(study, image), label)
         found = self.segment(study, phrase, image=image)
         return [Region(found.image.id, found.label, box_of(part), part, found.present) for part in _parts(found.mask)]
+
+    def _object(self, phrase: str) -> str | None:
+        """The label of the box head that a phrase names."""
+        head = self.vlm.head("box", next(iter(self.vlm.encoders)))
+        plain = ALIASES.get(_words(phrase), _words(phrase)).lower()
+        return next((n for n in head.labels if n.lower() == plain), None) if head is not None and head.dense is not None else None
+
+    @torch.no_grad()
+    def _boxed(self, picture: Image | Volume, label: str) -> list[Region]:
+        """Every object of this label in a picture, the surest first; none where the picture is of another kind than those it was learnt from."""
+        if isinstance(picture, Volume):
+            return []
+        name, features, _, frame = self._look(picture)
+        head, (high, wide) = self.vlm.head("box", name), picture.shape[1:]
+        found = []
+        for one in head.detect(head(features[name]), FOUND)[0]:
+            lower, upper = frame.box_to_image(np.asarray(one.box)).clip(0, (high, wide)).tolist()
+            if head.labels[one.label] == label and upper[0] > lower[0] and upper[1] > lower[1]:
+                found.append(Region(picture.id, label, (tuple(lower), tuple(upper)), None, one.score))
+        return found
 
     @torch.no_grad()
     def classify(self, study, labels, image=None, prompts: str | None = None) -> dict[str, float]:
@@ -226,8 +313,14 @@ class NativeModel(Model):
         head = self._contrast(picture)
         if head is None:
             raise ModelError(f"{self.name} embeds what its encoder {first!r} sees, not {picture.modality} images", "OUT_OF_SCOPE")
+        return F.normalize(self._placed(picture, head), dim=0).float().cpu().numpy()
+
+    def _placed(self, picture: Image | Volume, head) -> torch.Tensor:
+        """(D,) of a picture in the space it shares with texts; of a volume the mean of its slices'."""
+        if self._sliced(picture):
+            return torch.stack([self._placed(one, head) for one in self._slices(picture, self.vlm.config.about["slices"])]).mean(0)
         name, features, *_ = self._look(picture)
-        return head.image(features[name])[0].float().cpu().numpy()
+        return head.image(features[name])[0]
 
     def _contrast(self, picture: Image | Volume):
         return self.vlm.head("contrast", self.vlm.route(picture.modality)[0])
@@ -263,7 +356,7 @@ class NativeModel(Model):
         except ModelError as error:
             return error.message
         rank = len(self.vlm.encoders[first].spec.size)
-        if rank != len(image.shape) - 1:
+        if rank != len(image.shape) - 1 and not self._sliced(image):
             given = "volumes" if isinstance(image, Volume) else "single pictures"
             return f"{self.name} reads {'single pictures' if rank == 2 else 'volumes'} ({', '.join(self.reads)}), not {image.modality} {given}"
         if image.modality not in (*self.reads, "unknown"):
@@ -300,8 +393,13 @@ class NativeModel(Model):
             question = ASK["report"][0].format(picture=names.get(picture.modality, "an image").partition(" ")[2])
             ((text,), _) = self._write({picture.id: picture}, [_turns(question)], REPORT_TOKENS)
             return Report(sentences_of(text))
-        outlines = {s.label: s for s in self._outline(picture, self.targets)}
         chances = self._chances(picture)
+        outlined, kind = self.vlm.config.about.get("outlined", {}), self._kind(picture)
+        if outlined and kind != "xray":
+            cells = self.vlm.head("box", self.vlm.route(picture.modality)[0]) if kind == "pathology" else None
+            drawn = self._outline(picture, outlined.get(kind, ())) if outlined.get(kind) else []
+            return survey.report(picture, kind, chances, drawn, lambda label: self._boxed(picture, label), cells.labels if cells is not None else ())
+        outlines = {s.label: s for s in self._outline(picture, outlined.get("xray", self.targets))}
         looked_for = [self._finding(label, chances[label], outlines, picture) for label in self.findings]
         prompts, meanings = [], []
         for finding in looked_for:
@@ -365,9 +463,9 @@ class NativeModel(Model):
 
     def _target(self, name: str) -> str:
         plain = ALIASES.get(_words(name), _words(name))
-        for known in self.targets:
-            if known.lower() == plain.lower():
-                return known
+        for mine in self.targets:
+            if mine.lower() == plain.lower():
+                return mine
         raise ModelError(f"{self.name} has not learned to outline {name[:60]!r}; it knows: {', '.join([*self.targets, *JOINED])}", "UNKNOWN_TARGET")
 
     def _mentioned(self, picture: Image, question: str) -> tuple[Region, ...]:
@@ -481,7 +579,10 @@ class NativeModel(Model):
         return SEG.join(self.tokenizer.decode(part, skip_special_tokens=True) for part in parts).strip()
 
     @torch.no_grad()
-    def _chances(self, picture: Image) -> dict[str, float]:
+    def _chances(self, picture: Image | Volume) -> dict[str, float]:
+        if self._sliced(picture):
+            each = [self._chances(one) for one in self._slices(picture, self.vlm.config.about["slices"])]
+            return {label: float(np.mean([c[label] for c in each])) for label in each[0]}
         name, features, *_ = self._look(picture)
         head = self.vlm.head("classify", name)
         chances = dict(zip(head.labels, head.probabilities(head(features[name]))[0].tolist()))
@@ -495,7 +596,31 @@ class NativeModel(Model):
         """Each target from its own [SEG] state; an empty mask where it is more likely absent."""
         if self.vlm.lm is None:
             raise ModelError(f"{self.name} outlines no named target: it has no language model", "UNSUPPORTED_VERB", "give points or boxes")
-        return self._drawn({picture.id: picture}, [(*_turns(f"Segment the {t}."), Turn("assistant", SEG)) for t in targets], targets)
+        if self._sliced(picture):
+            return self._stacked(picture, targets)
+        return self._drawn({picture.id: picture}, _outlining(targets), targets)
+
+    def presence(self, picture: Image | Volume, targets: Sequence[str]) -> list[float]:
+        """Calibrated chance that each target is in the picture, or in any of a volume's slices; nothing is drawn."""
+        if self._sliced(picture):
+            return np.max([self.presence(one, targets) for one in self._slices(picture, 2 * self.vlm.config.about["slices"])], 0).tolist()
+        return self._prompts_of({picture.id: picture}, _outlining(targets), targets)[1]
+
+    @torch.no_grad()
+    def _stacked(self, volume: Volume, targets: Sequence[str]) -> list[Segmentation]:
+        """Targets known by name on every slice of a volume; empty where the target is more likely in none."""
+        chances, slices = self.presence(volume, targets), self._slices(volume, volume.reorient(UPRIGHT).shape[1])
+        name = self.vlm.route(volume.modality)[0]
+        head, spec = self.vlm.head("mask", name), self.vlm.encoders[name].spec
+        index = [head.labels.index(t) for t in targets]
+        masks = np.zeros((len(targets), len(slices), *slices[0].shape[1:]), bool)
+        for start in range(0, len(slices), AT_ONCE):
+            tensors, frames = zip(*(to_tensor(one, spec) for one in slices[start : start + AT_ONCE]))
+            maps = head.outlines(self.vlm.encode({name: torch.stack(tensors).to(self.vlm.device)})[name])[:, index]
+            for k, (frame, each) in enumerate(zip(frames, maps)):
+                masks[:, start + k] = frame.masks(each)
+        own = [np.ascontiguousarray(turned(m, UPRIGHT, volume.orientation)) for m in masks]
+        return [Segmentation(volume, t, m if c >= PRESENT else np.zeros_like(m), c) for t, m, c in zip(targets, own, chances)]
 
     def _named(self, images: Mapping[str, Image | Volume], turns: Sequence[Turn], text: str) -> tuple[Region, ...]:
         """What the marks of an answer outline on the first image, each called as the words before it call it; what is absent is left out."""
@@ -507,30 +632,49 @@ class NativeModel(Model):
     def _drawn(self, images: Mapping[str, Image | Volume], conversations: Sequence[Sequence[Turn]], targets: Sequence[str]) -> list[Segmentation]:
         """What each <|seg|> of these conversations outlines on the first image, in reading order; targets: its names, one each."""
         picture = next(iter(images.values()))
-        name, *_ = self._look(picture)
-        batch, features = self._batch(images, conversations)
-        out = self.vlm(**batch.inputs(), features=features)
-        head = self.vlm.head("mask", name)
-        known = torch.tensor([head.labels.index(t) if t in head.labels else -1 for t in targets], device=self.vlm.device)
-        drawn, frame = self._draw(picture, _prompts(len(targets), self.vlm.device, tokens=self.vlm.seg_states(batch, out), named=known))
-        chances = head.probability(drawn.present).tolist()
-        masks = [frame.masks(_even(each[None]))[0] for each in drawn.logits]
-        return [Segmentation(picture, t, m if c >= PRESENT else np.zeros_like(m), c) for t, m, c in zip(targets, masks, chances)]
+        prompts, chances = self._prompts_of(images, conversations, targets)
+        there = [k for k, c in enumerate(chances) if c >= PRESENT]
+        logits, frame = self._draw(picture, prompts, there) if there else ((), None)
+        masks = dict(zip(there, (frame.masks(each[None])[0] for each in logits)))
+        return [Segmentation(picture, t, masks[k] if k in masks else np.zeros(picture.shape[1:], bool), chances[k]) for k, t in enumerate(targets)]
 
-    def _draw(self, picture: Image | Volume, prompts) -> tuple[Masks, Frame]:
-        """Masks of words, and where their maps lie: from windows where the model zooms in on this modality (``about["zoom"]``,
-        a multiple of the resolution at which the whole image fits the encoder), for targets too thin to see there. Presence
-        and what the words mean come from the whole image."""
-        name, _, embedding, frame = self._look(picture)
+    @torch.no_grad()
+    def _prompts_of(self, images, conversations: Sequence[Sequence[Turn]], targets: Sequence[str]) -> tuple[Prompts, list[float]]:
+        """What each <|seg|> of these conversations says to the mask head, and the calibrated chance that it is there."""
+        name, _, embedding, _ = self._look(next(iter(images.values())))
+        batch, features = self._batch(images, conversations)
+        states = self.vlm.seg_states(batch, self.vlm(**batch.inputs(), features=features))
         head = self.vlm.head("mask", name)
-        drawn = head.decode(embedding, prompts)
-        zoom = self.vlm.config.about.get("zoom", {}).get(picture.modality, 1.0)
+        named = torch.tensor([head.labels.index(t) if t in head.labels else -1 for t in targets], device=self.vlm.device)
+        prompts = _prompts(len(targets), self.vlm.device, tokens=states, named=named)
+        none = torch.zeros(len(targets), dtype=torch.bool, device=self.vlm.device)
+        return prompts, head.probability(head.decode(embedding, replace(prompts, draw=none)).present).tolist()
+
+    def _draw(self, picture: Image | Volume, prompts: Prompts, wanted: Sequence[int]) -> tuple[torch.Tensor, Frame]:
+        """(len(wanted), *grid) logits of words, and where their maps lie: from windows where the model looks closer at this
+        modality, for targets too thin to see in the whole: at ``about["zoom"]`` times the resolution at which the whole image
+        fits the encoder, or at ``about["scale"]`` pixels of the input for one of the picture. What the words mean comes from
+        the whole image."""
+        name, _, embedding, frame = self._look(picture)
+        head, about = self.vlm.head("mask", name), self.vlm.config.about
+        chosen = torch.tensor(wanted, device=self.vlm.device)
+        prompts = Prompts(prompts.image[chosen], tokens=prompts.tokens[chosen], named=prompts.named[chosen])
+        by_name = head.ladder is not None and bool((prompts.named >= 0).all())
+        draw = (lambda f: head.outlines(f)[:, prompts.named]) if by_name else (lambda f: self._decoded_maps(head, f, prompts))
+        kind = self._kind(picture)
+        zoom = about.get("zoom", {}).get(kind, 1.0)
+        if closer := about.get("scale", {}).get(kind):
+            zoom = min(LARGEST, max(1.0, closer / max(frame.scale)))
         if zoom == 1.0:
-            return drawn, frame
+            return (head.maps(embedding)[0, prompts.named] if by_name else _even(head.decode(embedding, prompts).logits)), frame
         spec = self.vlm.encoders[name].spec
         tiled = tiles(picture, spec, zoom)
-        seen = (self.vlm.encode({name: tensor[None].to(self.vlm.device)})[name] for tensor in inputs(picture, spec, tiled.frames))
-        return drawn._replace(logits=blend(tiled, (head.decode(head.embed(f), prompts).logits for f in seen))), tiled.whole
+        return blend(tiled, (one for group in _grouped(inputs(picture, spec, tiled.frames), AT_ONCE if by_name else 1)
+                             for one in draw(self.vlm.encode({name: torch.stack(group).to(self.vlm.device)})[name]))), tiled.whole  # fmt: skip
+
+    @staticmethod
+    def _decoded_maps(head, features: Features, prompts: Prompts) -> torch.Tensor:
+        return _even(head.decode(head.embed(features), prompts).logits)[None]
 
     @torch.no_grad()
     def _prompted(self, picture: Image, label: str, points, boxes) -> Segmentation:
@@ -547,6 +691,22 @@ class NativeModel(Model):
         drawn = head.decode(embedding, _prompts(1, device, **prompt))
         mask = frame.masks(_even(drawn.logits))[0]
         return Segmentation(picture, label, mask, float(mask.any()))
+
+
+def _outlining(targets: Sequence[str]) -> list[tuple[Turn, ...]]:
+    """A conversation for each target, which asks for its outline."""
+    return [(*_turns(f"Segment the {t}."), Turn("assistant", SEG)) for t in targets]
+
+
+def _grouped(items, size: int):
+    group = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def _turns(question: str) -> tuple[Turn, ...]:

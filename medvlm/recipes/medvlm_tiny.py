@@ -1,102 +1,202 @@
-"""The bundled model: a small reader of chest X-rays, sized to train on two cores.
+"""The bundled model: a small reader of X-rays, CT, MR, fundus photographs and microscopy, sized to train on two cores.
 
-An encoder, a language model of four layers and SAM's decoder learn together from scratch: outlines, findings, answers.
+One encoder sees single pictures, volumes slice by slice. Outlines come from a ladder on its levels, of what is thin or small on
+windows at the picture's own resolution; findings, kind, plane, part and side from a classifier; words from a language model of
+four layers; pictures and captions share a space. Everything starts from random numbers.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import timm
 
-from ..datasets import instruct
+from ..datasets import facts, instruct
+from ..datasets.sentences import spoken, word
 from ..datasets.slices import sliced
-from ..imaging.scan import Image, Volume
-from ..language import IMAGE, SEG, train_tokenizer
-from ..sample import Sample, Turn
+from ..datasets.windows import windowed
+from ..imaging.scan import Volume
+from ..sample import Mask, Sample, Turn
 from ..vlm import MedVLMConfig
+from . import towers
 from .base import Recipe, Stage
 
-TARGETS = ("right lung", "left lung", "heart and mediastinum", "airways", "ground-glass opacity", "consolidation",
-           "pleural effusion", "pneumothorax", "endotracheal tube", "nasogastric tube", "central venous line")  # fmt: skip
+XRAY = ("right lung", "left lung", "heart and mediastinum", "airways", "ground-glass opacity", "consolidation", "pleural effusion",
+        "pneumothorax", "endotracheal tube", "nasogastric tube", "central venous line")  # fmt: skip
+CT = ("body", "bone", "right lung", "left lung", "liver", "spleen", "right kidney", "left kidney", "gallbladder", "stomach", "pancreas", "duodenum",
+      "small bowel", "colon", "aorta", "inferior vena cava", "spinal cord")  # fmt: skip
+OUTLINED = {"xray": XRAY, "ct": CT, "mr": (), "fundus": ("vessels",), "pathology": ("nuclei",)}
+"""{modality: what is outlined in its pictures}; vessels are those of the retina."""
+TARGETS = tuple(dict.fromkeys(t for group in OUTLINED.values() for t in group))
+ELSEWHERE = {"xray": (*CT[4:], "vessels", "nuclei"), "ct": ("vessels", "nuclei"), "mr": ("vessels", "nuclei"),
+             "fundus": tuple(t for t in TARGETS if t != "vessels"), "pathology": tuple(t for t in TARGETS if t not in ("nuclei", "vessels"))}  # fmt: skip
+"""{modality: what no such picture shows}."""
+CELLS = ("RBC", "WBC", "platelets")
 FINDINGS = ("COVID-19 pneumonia", "bacterial pneumonia", "pneumonia", "ARDS", "ground-glass opacity", "consolidation",
             "pleural effusion", "pneumothorax", "cardiomegaly", "endotracheal tube", "nasogastric tube",
             "central venous line")  # fmt: skip
 REPORTED = ("ground-glass opacity", "consolidation", "cardiomegaly", "endotracheal tube", "nasogastric tube",
             "COVID-19 pneumonia", "bacterial pneumonia", "pneumonia", "ARDS")  # fmt: skip
 """Findings with at least five images with and five without them in train: only these are put into a report."""
-MODALITIES = ("xray", "ct", "mr", "fundus", "pathology")
-VIEWS = ("PA", "AP")
-SLICES_A_VOLUME = 6
-KINDS = ("segment", "asked", "finding", "describe", "modality", "view")
-"""Of conversations about chest X-rays."""
+GROUPS = {"modality": ("xray", "ct", "mr", "fundus", "pathology"), "view": ("PA", "AP"), "plane": ("axial", "coronal", "sagittal"),
+          "part": ("head", "chest", "abdomen", "eye"), "eye": ("right", "left")}  # fmt: skip
+"""What is known of a whole picture: one of each, where it has any."""
+ZOOM, SCALE = {"fundus": 5.85}, {"pathology": 1.5}
+"""How closely a picture is looked at where it is outlined: times the resolution at which it fits whole, since every fundus camera
+shows the eye as large, and pixels of the input for one of the picture."""
+WINDOW = 170
+"""Pixels of the training pictures in a window of 256, which is both of these."""
+COMPLETE = 10
+"""A label map with so many names leaves out nothing that it shows."""
+ABSENT = 4
+"""Targets of other kinds of picture that are asked of one."""
+KINDS = ("segment", "asked", "finding", "describe", "modality", "view", "plane", "organ", "abnormal", "count", "facts")
+BONES = re.compile(r"^(vertebra|rib|sternum|hip|sacrum|femur|humerus|scapula|clavicula|skull|mandible)")
 
 
-def model(tokenizer, size: int = 256, backbone: str = "regnety_004", dim: int = 192, layers: int = 4) -> MedVLMConfig:
-    """The configuration; size: side of the input in pixels, dim and layers: of the language model."""
-    info = timm.create_model(backbone, features_only=True, in_chans=1).feature_info
+def model(tokenizer, size: int = 256, backbone: str = "regnety_004", dim: int = 192, layers: int = 4, embed: int = 128, ladder: int = 32) -> MedVLMConfig:
+    """The configuration; size: side of the input in pixels, dim and layers: of the language model, embed: of the space that
+    pictures and captions share, ladder: channels of the map that outlines are read off."""
+    info = timm.create_model(backbone, features_only=True).feature_info
     dims, strides, square = info.channels(), info.reduction(), (size, size)
-    kinds = [f"modality:{m}" for m in MODALITIES]
-    views = [f"view:{v}" for v in VIEWS]
-    token = tokenizer.convert_tokens_to_ids
-    return MedVLMConfig(
-        parts={
-            "encoders": {"picture": {"file": "image", "args": {"model": backbone, "size": square}}},
+    groups = [[f"{group}:{name}" for name in names] for group, names in GROUPS.items()]
+    pyramid = {"level_dims": dims, "level_strides": strides}
+    return towers.config(
+        tokenizer,
+        {
+            "encoders": {"picture": {"file": "image", "args": {"model": backbone, "size": square, "channels": 3, "windows": [[-600.0, 1500.0], [40.0, 400.0], [400.0, 1800.0]]}},
+                         "text": towers.text(tokenizer, None, dim, 2)},
             "projectors": {"picture": {"file": "mlp", "args": {"dim": dims[-1], "lm_dim": dim}}},
             "heads": {
-                "mask": {"file": "mask", "args": {"level_dims": dims, "level_strides": strides, "lm_dim": dim, "size": square, "labels": list(TARGETS)}},
-                "classify": {"file": "classify", "args": {"dim": dims[-1], "labels": [*FINDINGS, *kinds, *views], "groups": [kinds, views]}},
+                "mask": {"file": "mask", "args": {**pyramid, "lm_dim": dim, "size": square, "labels": list(TARGETS), "ladder": ladder}},
+                "classify": {"file": "classify", "args": {"dim": dims[-1], "labels": [*FINDINGS, *(n for g in groups for n in g)], "groups": groups}},
+                "box": {"file": "box", "args": {**pyramid, "dim": dims[-1], "labels": list(CELLS), "width": 96}},
+                "contrast": {"file": "contrast", "args": {"dim": dims[-1], "text_dim": dim, "embed_dim": embed}},
             },
-            "language": {"lm": {"file": "language", "args": {
-                "model_type": "llama", "hidden_size": dim, "intermediate_size": dim * 3, "num_hidden_layers": layers,
-                "num_attention_heads": dim // 32, "num_key_value_heads": dim // 32, "max_position_embeddings": 1024,
-                "vocab_size": len(tokenizer), "tie_word_embeddings": True, 
-                "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None,
-            }}},
+            "language": {"lm": towers.language(tokenizer, None, dim, layers)},
         },
-        about={
-            "name": "medvlm-tiny", "version": "0.1.0", "routes": {"*": "picture"}, "reads": ["xray"],
-            "targets": list(TARGETS), "findings": list(REPORTED),
+        {
+            "name": "medvlm-tiny", "version": "0.2.0", "routes": {"*": "picture"}, "reads": [*GROUPS["modality"], "ct_or_mr"],
+            "targets": list(TARGETS), "findings": list(REPORTED), "outlined": {m: list(t) for m, t in OUTLINED.items()}, "zoom": ZOOM, "scale": SCALE,
+            "slices": 4,
         },
-        image_token_id=token(IMAGE), seg_token_id=token(SEG),
     )  # fmt: skip
 
 
 def samples(group: list[Sample], name: str, split: str) -> Iterator[Sample]:
     """Conversations about one image; the text of the IU reports is never read, only their structured labels.
 
-    "NAME/outlined" is what of NAME has exact outlines, to be drawn more often than the rest while training.
+    Of a set NAME, "NAME/outlined" is what has exact outlines, and "NAME/windows" are windows of its pictures: to be drawn more
+    often than the rest, or only for their outlines.
     """
-    name, _, outlined = name.partition("/")
-    if outlined and (split != "train" or not any(s.masks for s in group)):
+    name, _, part = name.partition("/")
+    if part == "outlined" and (split != "train" or not any(s.masks for s in group)):
         return
     if name == "report_iu":
         yield from instruct.restructured(group)
         return
+    first = group[0]
+    image = next(iter(first.images.values()))
+    if part == "windows":
+        for one in windowed(group, WINDOW, turned=split == "train"):
+            yield from instruct.conversations(one, OUTLINED[image.modality], (), kinds=("segment",), absent=OUTLINED[image.modality], variety=0)
+    elif isinstance(image, Volume):
+        whole, complete = _joined(group)
+        for plane, count in (("axial", 5 if first.meta.get("synthetic") else 15), ("coronal", 2), ("sagittal", 2)):
+            for one in sliced(whole, count, plane):
+                yield from _conversations(one, complete)
+    else:
+        yield from _conversations(group)
+
+
+def _conversations(group: list[Sample], complete: bool = False) -> Iterator[Sample]:
+    """All that is known of one picture. complete: whatever of ``CT`` is not outlined is not there."""
     image = next(iter(group[0].images.values()))
-    if image.modality == "xray":
-        for s in instruct.conversations(group, TARGETS, FINDINGS, ("xray",), kinds=KINDS, annotated=instruct.ANNOTATED, variety=0):
-            yield replace(s, turns=(s.turns[0], Turn("assistant", s.answer.strip().lower()))) if s.meta["kind"] == "asked" else s
-    elif image.modality in MODALITIES:  # of other pictures only the kind is learnt, and that no target is there
-        for bare, *_ in sliced([_bare(group[0], image)], SLICES_A_VOLUME):
-            yield from instruct.conversations([bare], TARGETS, (), ("xray",), kinds=("segment", "modality"), absent=TARGETS, variety=0)
+    modality, xray = image.modality, image.modality == "xray"
+    case = facts.case_of(group)
+    lot = np.random.default_rng(int.from_bytes(hashlib.sha256(case.name.encode()).digest()[:8]))
+    far = ELSEWHERE.get(modality, ())
+    some = [far[i] for i in lot.permutation(len(far))[:ABSENT]]
+    lacking = (*some, *(CT if complete and modality == "ct" else ()))
+    targets = tuple(dict.fromkeys((*OUTLINED.get(modality, ()), *some)))
+    said = instruct.conversations(group, targets, FINDINGS if xray else (), kinds=KINDS, annotated=instruct.ANNOTATED if xray else (), absent=lacking, variety=0.3)
+    labels = _whole(case)
+    cells = tuple(replace(r, label=word(r.label)) for r in group[0].regions if word(r.label) in CELLS)
+    talks = sorted([*said, *_side(case)], key=lambda s: s.meta["kind"] == "segment")  # boxes stand with a question that asks for no outline
+    for number, s in enumerate(talks):
+        s = replace(s, labels={k: v for k, v in s.labels.items() if ":" not in k} | labels)
+        if s.meta["kind"] == "asked":
+            s = replace(s, turns=(s.turns[0], Turn("assistant", s.answer.strip().lower())))
+        if number == 0 and s.meta["kind"] != "segment":  # what is no smear holds none of its cells
+            s = replace(s, regions=cells, meta={**s.meta, "boxed": True})
+        yield s
 
 
-def _bare(sample: Sample, image: Image | Volume) -> Sample:
-    """A picture about which nothing is said, or a volume, of whose slices the model learns that it has not learnt to read them."""
-    return Sample(str(sample.meta["row"]), sample.patient, {image.id: image}, meta={"row": sample.meta["row"], "split": sample.meta.get("split")})
+def _whole(case: facts.Case) -> dict[str, float]:
+    """{"modality:ct": 1, ...}: what is known of the picture as a whole."""
+    known = {"modality": case.image.modality, "view": facts.view(case), "plane": facts.plane(case) or _plane_told(case), "part": facts.part(case),
+             "eye": _eye(case)}  # fmt: skip
+    return {f"{group}:{name}": 1.0 for group, name in known.items() if name in GROUPS[group]}
 
 
-def tokenizer(texts, args):
-    """A vocabulary of the conversations at hand."""
-    return train_tokenizer(texts, vocab_size=2048)
+def _plane_told(case: facts.Case) -> str | None:
+    """The plane that an answer names."""
+    for s in case.questions:
+        if re.search(r"\bplane\b", s.question, re.I) and (found := [p for p in GROUPS["plane"] if re.search(rf"\b{p}\b", s.answer, re.I)]) and len(found) == 1:
+            return found[0]
+    return None
+
+
+def _eye(case: facts.Case) -> str | None:
+    said = (case.base.meta.get("labels") or {}).get("eye") if case.image.modality == "fundus" else None
+    return said if said in GROUPS["eye"] else None
+
+
+def _side(case: facts.Case) -> Iterator[Sample]:
+    """Of a fundus photograph, whose eye it is."""
+    if (eye := _eye(case)) is not None:
+        base = Sample(case.name, case.base.patient, case.base.images, meta={"row": case.row, "split": case.base.meta.get("split"), "kind": "view"})
+        asked = [("Is this the right or the left eye?", eye), ("Which eye is this?", f"the {eye} eye"),
+                 *((f"Is this the {side} eye?", "yes" if side == eye else "no") for side in GROUPS["eye"])]  # fmt: skip
+        for number, (question, answer) in enumerate(asked):
+            yield replace(base, id=f"{case.name}#eye{number}", turns=(Turn("user", question), Turn("assistant", answer)))
+
+
+def _joined(group: list[Sample]) -> tuple[list[Sample], bool]:
+    """A volume with its outlines by the names of ``TARGETS``: lobes make a lung, vertebrae and ribs bone, and what is denser than air the body; and whether
+    its label map is complete."""
+    first, masks = group[0], [m for s in group for m in s.masks]
+    volume = next(iter(first.images.values()))
+    joined: dict[str, np.ndarray] = {}
+    for m in masks:
+        side = re.search(r"left|right", m.label)
+        name = "bone" if BONES.match(m.label) else f"{side[0]} lung" if side and m.label.startswith("lung_") else spoken(m.label)
+        joined[name] = joined[name] | m.array if name in joined else m.array
+    complete = len(masks) >= COMPLETE
+    if volume.unit == "HU":
+        joined["body"] = _body(volume.voxels[0])
+    base = replace(first, masks=(), turns=(), regions=())
+    return [base, *(replace(base, id=f"{first.id}/{n}", masks=(Mask(volume.id, n, a),)) for n, a in joined.items())], complete
+
+
+def _body(hu: np.ndarray) -> np.ndarray:
+    """The largest piece denser than -300 HU once the couch is cut off, with its hollows."""
+    from scipy.ndimage import binary_fill_holes, binary_opening, label
+
+    numbered, _ = label(binary_opening(hu > -300, iterations=1))
+    body = numbered == np.bincount(numbered.ravel())[1:].argmax() + 1 if numbered.any() else numbered > 0
+    for axis in range(3):
+        body = np.moveaxis(np.stack([binary_fill_holes(x) for x in np.moveaxis(body, axis, 0)]), 0, axis)
+    return body
 
 
 def calibrate(model, tokenizer, val: list[Sample]) -> dict:
-    """Fit the three probabilities on val: findings, presence of an outline, yes/no answers. One scale and shift each.
+    """Fit the three probabilities on the real pictures of val: findings, presence of an outline, yes/no answers. One scale and shift each.
 
     Gives, for each, the number of pairs and the mean log loss before and after.
     """
@@ -110,20 +210,18 @@ def calibrate(model, tokenizer, val: list[Sample]) -> dict:
     pairs: dict[str, list[tuple[float, float]]] = {"findings": [], "present": [], "yes_no": []}
     rows: dict[str, list[Sample]] = {}
     for sample in val:
-        if sample.images:
+        if sample.images and "," not in str(sample.meta["row"]) and not str(sample.meta["row"]).startswith("phantom"):
             rows.setdefault(str(sample.meta["row"]), []).append(sample)
     for group in rows.values():
         (picture,) = group[0].images.values()
-        if picture.modality not in reader.reads:  # never asked about, so no part of what is calibrated
-            continue
         name, features, *_ = reader._look(picture)
         with torch.no_grad():
             logits = head(features[name])[0].tolist()
         pairs["findings"] += [(logits[head.labels.index(k)], v) for k, v in group[0].labels.items() if k in FINDINGS]
         drawn = [s for s in group if s.meta["kind"] == "segment"]
-        for sample, found in zip(drawn, reader._outline(picture, [(s.masks or s.regions)[0].label for s in drawn]) if drawn else ()):
+        for sample, found in zip(drawn, reader.presence(picture, [(s.masks or s.regions)[0].label for s in drawn]) if drawn else ()):
             truth = float(bool(sample.regions and not sample.masks) or sample.masks[0].array.any())
-            pairs["present"].append((math.log(max(found.present, 1e-6) / max(1 - found.present, 1e-6)), truth))
+            pairs["present"].append((math.log(max(found, 1e-6) / max(1 - found, 1e-6)), truth))
         for sample in group:
             if sample.meta["kind"] == "asked" and sample.answer in ("yes", "no") and choices_of(sample.question) == ("yes", "no"):
                 yes = reader.choose(picture, sample.question, ("yes", "no"))["yes"]
@@ -144,23 +242,28 @@ def calibrate(model, tokenizer, val: list[Sample]) -> dict:
     return report
 
 
-EVERYTHING = ("encoders.*", "projectors.*", "heads.*", "lm.*")
-PICTURES = {"xray_covid": 5.0, "xray_covid/outlined": 6.0, "vqa_rad": 4.0, "fundus_chase": 0.5, "path_bccd": 0.5, "path_dsb_nuclei": 0.5,
-            "vol_deeplesion": 0.3, "vol_totalseg": 0.4}  # fmt: skip
+SEEING = {"encoders.picture.*": 1.0, "heads.mask.ladder.*": 1.0, "heads.mask.dense.*": 1.0, "heads.classify.*": 1.0, "heads.box.*": 1.0}
+SPEAKING = {**SEEING, "heads.mask.*": 1.0, "projectors.*": 1.0, "lm.*": 1.0}
+SCANS = {"phantom_chest_ct": 0.5, "phantom_abdomen_ct": 0.9, "phantom_head_ct": 0.3, "phantom_abdomen_mr": 0.3, "phantom_head_mr": 0.3}
+OUTLINES = {"xray_covid": 1.5, "xray_covid/outlined": 3.0, "phantom_films": 1.5, "fundus_chase": 0.5, "fundus_chase/windows": 3.0, "path_bccd": 1.5,
+            "path_dsb_nuclei": 0.3, "path_dsb_nuclei/windows": 3.0, "vol_totalseg": 1.5, "vol_deeplesion": 0.3, "vqa_rad": 1.5, **SCANS}  # fmt: skip
+ANSWERS = {"xray_covid": 3.0, "xray_covid/outlined": 2.0, "phantom_films": 1.5, "fundus_chase": 0.7, "fundus_chase/windows": 1.0, "path_bccd": 0.8,
+           "path_dsb_nuclei": 0.5, "path_dsb_nuclei/windows": 1.0, "vol_totalseg": 0.8, "vol_deeplesion": 0.3, "vqa_rad": 6.0, **SCANS, "report_iu": 3.0}  # fmt: skip
 RECIPE = Recipe(
     name="medvlm_tiny",
-    source="this project; mask tokens after LISA (arXiv:2308.00692), decoder of Segment Anything (arXiv:2304.02643)",
+    source="this project; mask tokens after LISA (arXiv:2308.00692), decoder of Segment Anything (arXiv:2304.02643), ladder after U-Net (arXiv:1505.04597)",
     departs="no pretrained weights: every part starts from random numbers",
     model=model,
     samples=samples,
-    tokenizer=tokenizer,
+    tokenizer=towers.vocabulary,
     stages=(
-        Stage("see", "lm+mask+classify", EVERYTHING, PICTURES, lr=8e-4, steps=500, batch=12, turns=3,
-              kinds={"segment": 4.0, "asked": 1.0, "finding": 1.0, "describe": 0.3, "modality": 0.5, "view": 0.5}, augment=1.0, warmup=50),
-        Stage("speak", "lm+mask+classify", EVERYTHING, {**PICTURES, "report_iu": 6.0}, lr=5e-4, steps=200, batch=12, turns=4,
-              kinds={"segment": 5.0, "asked": 2.0, "finding": 1.5, "describe": 1.0, "modality": 0.5, "view": 0.5, "text": 1.0},
-              augment=0.7, warmup=25),
+        Stage("see", "outline+classify+box", SEEING, OUTLINES, lr=2e-3, steps=4000, batch=16, turns=0, augment=1.3, warmup=200, every=1000),
+        Stage("speak", "lm+mask+outline+classify+box", SPEAKING, ANSWERS, lr=6e-4, steps=900, batch=12, turns=4, augment=0.8, warmup=50, every=450,
+              kinds={"segment": 4.0, "asked": 3.0, "finding": 1.5, "describe": 0.7, "modality": 0.7, "view": 0.7, "plane": 0.5, "organ": 0.7, "abnormal": 0.5,
+                     "count": 0.3, "facts": 0.3, "text": 1.0}),
+        Stage("match", "clip", {"encoders.text.*": 1.0, "heads.contrast.*": 1.0}, {k: v for k, v in OUTLINES.items() if "/" not in k}, lr=1e-3, steps=250,
+              batch=64, turns=0, augment=0.5, warmup=20, every=125),
     ),
-    tasks=("segment", "vqa", "probe"),
+    tasks=("segment", "vqa", "probe", "ground", "retrieve_facts"),
     finish=calibrate,
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,15 +21,23 @@ EAGER = 5000
 """A data set of up to so many images is prepared before training starts, so that what is bad in it is found then."""
 
 
+@dataclass
+class Room:
+    """Bytes that the prepared images of several sets may take together, and those they take."""
+
+    limit: int
+    held: int = 0
+
+
 class Cases:
     """The cases of one data set and split: each image's are prepared when first drawn, and kept while there is room.
 
     make: (samples of one image) -> its cases. bad: None to raise what is wrong with an image, or a list that takes it.
     """
 
-    def __init__(self, name: str, groups: Sequence[list[Sample]], make: Callable[[list[Sample]], list[Case]], room: int, bad: list | None = None):
+    def __init__(self, name: str, groups: Sequence[list[Sample]], make: Callable[[list[Sample]], list[Case]], room: Room, bad: list | None = None):
         self.name, self.groups, self.make, self.bad = name, groups, make, bad
-        self.room, self.kept, self.held = room, OrderedDict(), 0
+        self.room, self.kept = room, OrderedDict()
         if len(groups) <= EAGER:
             shown = tqdm(range(len(groups)), desc=f"preparing {name}", unit="image", leave=False, disable=None)
             self.index = [i for i in shown if self[i]]
@@ -48,11 +57,11 @@ class Cases:
                     raise
                 self.bad.append({"dataset": self.name, "row": self.groups[i][0].meta.get("row"), "code": error.code, "message": error.message})
                 made = []
-            self.held += sum(c.size for c in made)
+            self.room.held += sum(c.size for c in made)
             self.kept[i] = made
-            while self.held > self.room and len(self.kept) > 1:
+            while self.room.held > self.room.limit and len(self.kept) > 1:
                 _, old = self.kept.popitem(last=False)
-                self.held -= sum(c.size for c in old)
+                self.room.held -= sum(c.size for c in old)
         return self.kept[i] if i in self.kept else []
 
     def reader(self, seed: Sequence[int], part: tuple[int, int]) -> Callable[[int], list[Case]]:
@@ -158,7 +167,8 @@ class Batches(IterableDataset):
 
     def _batch(self, drawn: list[tuple[Case, np.random.Generator]]) -> Batch:
         stage = self.stage
-        return draw([c for c, _ in drawn], self.tokenizer, [lot for _, lot in drawn], stage.turns, stage.kinds, stage.augment, stage.pack)
+        return draw([c for c, _ in drawn], self.tokenizer, [lot for _, lot in drawn], stage.turns, stage.kinds, stage.augment, stage.pack,
+                    "outline" in stage.objective.split("+"))
 
 
 def _parts(items: list, size: int | None) -> Iterable[list]:
@@ -178,10 +188,10 @@ def _same(item):
     return item
 
 
-def room() -> int:
-    """Bytes that prepared images may take: a quarter of what the machine has left."""
+def room() -> Room:
+    """For prepared images: a quarter of what the machine has left."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4 << 30
-    return max(1 << 28, free // 4)
+    return Room(max(1 << 28, free // 4))
 
 
 def seed_everything(*seed: int) -> None:

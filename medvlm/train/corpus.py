@@ -14,7 +14,7 @@ from ..datasets import checks, mirror
 from ..datasets.base import Data, open_data
 from ..errors import ModelError
 from ..sample import Sample
-from .batches import EAGER, Cases, Stream, room
+from .batches import EAGER, Cases, Room, Stream, room
 from .data import Case, prepare
 
 VAL_IMAGES = 48
@@ -70,11 +70,12 @@ class Corpus:
 
     def sources(self, model, tokenizer, seed: int) -> dict[str, Cases | Stream]:
         """What each set's training batches are drawn from."""
-        return {name: self._source(name, model, tokenizer, seed) for name in self.names}
+        shared = room()
+        return {name: self._source(name, model, tokenizer, seed, shared) for name in self.names}
 
     def val(self, model, tokenizer) -> dict[str, Cases]:
-        found = {n: self.held[n]["val"] for n in self.names}
-        return {n: Cases(n, groups[:: max(1, len(groups) // VAL_IMAGES)], self._make(n, "val", model, tokenizer), room(), self.bad) for n, groups in found.items()}
+        found, shared = {n: self.held[n]["val"] for n in self.names}, room()
+        return {n: Cases(n, groups[:: max(1, len(groups) // VAL_IMAGES)], self._make(n, "val", model, tokenizer), shared, self.bad) for n, groups in found.items()}
 
     def val_samples(self) -> list[Sample]:
         return [s for n in self.names for g in self.held[n]["val"] for s in self.recipe.samples(g, n, "val")]
@@ -87,10 +88,10 @@ class Corpus:
             (out / "skipped.jsonl").write_text("".join(json.dumps(b) + "\n" for b in self.bad))
             tqdm.write(f"left out as bad: {len(self.bad)}, listed in {out / 'skipped.jsonl'}", file=sys.stderr)
 
-    def _source(self, name: str, model, tokenizer, seed: int) -> Cases | Stream:
+    def _source(self, name: str, model, tokenizer, seed: int, shared: Room) -> Cases | Stream:
         data, make = self.sets[name], self._make(name, "train", model, tokenizer)
         if not data.streamed:
-            return Cases(name, self.held[name]["train"], make, room() // len(self.names), self.bad)
+            return Cases(name, self.held[name]["train"], make, shared, self.bad)
         split = "train" if data.count("train") else None
         read = lambda epoch, part, skip: data.stream(split, seed, epoch, part, skip)  # noqa: E731
         return Stream(name, read, data.count(split), lambda epoch, part: data.length(split, seed, epoch, part), make)

@@ -46,7 +46,7 @@ class Case:
     the image's first encoder. on (image id), weak, present, names (index into the mask head's labels, -1 for others): one a
     mask. labels: of the first image, NaN unknown. captions: tokens of texts about it. objects: (n, 2, rank) corners of boxes
     in the input of the first image, kinds (n,) index into the box head's labels; None where nobody marked them all.
-    mirrored: it shows the mirror image, with words and sides exchanged.
+    mirrored: it shows the mirror image, with words and sides exchanged. What is absent has no bytes of its own.
     """
 
     pictures: dict[str, list[tuple[str, Tensor]]]
@@ -65,7 +65,13 @@ class Case:
     @property
     def size(self) -> int:
         """Bytes it holds."""
-        return sum(t.nbytes for seen in self.pictures.values() for _, t in seen) + sum(m.nbytes for m in self.masks)
+        return sum(t.untyped_storage().nbytes() for t in (*(t for seen in self.pictures.values() for _, t in seen), *self.masks))
+
+
+    def named(self) -> dict[int, int]:
+        """{label of the mask head: mask} of the first image, the first mask of each."""
+        first = next(iter(self.pictures), None)
+        return {n: t for t, n in reversed(list(enumerate(self.names))) if n >= 0 and self.on[t] == first}
 
 
 def prepare(model: MedVLM, tokenizer, samples: Sequence[Sample]) -> list[Case]:
@@ -93,10 +99,11 @@ def _case(model: MedVLM, tokenizer, row: str, members: Sequence[Sample]) -> Case
             box_only = getattr(area, "box", None)
             array = _raster(box_only, sample.images[area.image].shape[1:]) if box_only is not None else area.array
             turn.targets.append(len(case.masks))
-            case.masks.append((frames[area.image].mask_to_input(array) * 255).round().to(torch.uint8))
+            case.present.append(bool(array.any()))
+            drawn = (frames[area.image].mask_to_input(array) * 255).round().to(torch.uint8) if case.present[-1] else None
+            case.masks.append(torch.zeros((), dtype=torch.uint8).expand(frames[area.image].input) if drawn is None else drawn)
             case.on.append(area.image)
             case.weak.append(box_only is not None)
-            case.present.append(bool(array.any()))
             case.names.append(mask.labels.index(area.label) if mask is not None and area.label in mask.labels else -1)
         if turn.kind in CAPTIONS and sample.answer:
             case.captions.append(model.encoders["text"].ids(tokenizer, sample.answer) if "text" in model.encoders else caption(tokenizer, sample.answer))
@@ -121,18 +128,21 @@ def _raster(box, size) -> np.ndarray:
 
 
 def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], turns: int = 4, kinds: Mapping[str, float] | None = None,
-         strength: float = 0.0, pack: int | None = None) -> Batch:  # fmt: skip
+         strength: float = 0.0, pack: int | None = None, outlines: bool = False) -> Batch:  # fmt: skip
     """A batch of these cases with up to ``turns`` conversations each, chosen with the weight of their kind.
 
     lots: one random generator a case: what is drawn of a case depends on it alone. strength: of the augmentation.
-    pack: tokens of a row that conversations share, None for a row each.
+    pack: tokens of a row that conversations share, None for a row each. outlines: with all that is outlined of each first
+    image and known to the mask head by name, whatever its conversations ask (``targets["outline"]``, see objectives.outline).
     """
     pictures: dict[str, list[Tensor]] = defaultdict(list)
     labels, captions, objects, told = [], [], [], []
+    drawn: list[tuple[int, int, bool, Tensor | None]] = []
     rows: list[tuple[Turnset, dict, Case, dict[int, Tensor]]] = []
     for case, lot in zip(cases, lots):
         chosen = [case.turns[i] for i in _choose(case.turns, turns, kinds or {}, lot)]
-        wanted = sorted({t for turn in chosen for t in turn.targets})
+        wanted, named = {t for turn in chosen for t in turn.targets}, case.named() if outlines else {}
+        wanted = sorted(wanted | {t for t in named.values() if case.present[t]})
         move = not any(turn.still for turn in chosen)
         slots: dict[str, list[tuple[str, int]]] = {}
         moved: dict[int, Tensor] = {}
@@ -146,6 +156,8 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
                     array, targets, corners, kept = Augmentation(picture.ndim - 1, strength)(array, targets, corners, seed, move)
                     marks = marks[kept]
                 moved |= zip(mine, torch.from_numpy(np.ascontiguousarray(targets)))
+                if order == k == 0:
+                    drawn += [(len(pictures[encoder]), label, case.weak[t], moved[t] if case.present[t] else None) for label, t in named.items()]
                 if case.objects is not None and order == k == 0:
                     objects.append((len(pictures[encoder]), corners, marks))
                 slots.setdefault(key, []).append((encoder, len(pictures[encoder])))
@@ -167,6 +179,8 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
     else:
         batch = Batch(*(torch.zeros(0, 0, dtype=torch.long) for _ in range(3)), stacked)
     batch.targets = {"labels": torch.tensor(labels, dtype=torch.float32)} | _masks(rows)
+    if drawn:
+        batch.targets["outline"] = _outlines(drawn)
     if captions:
         batch.targets["text"] = _padded([t for _, t in captions], tokenizer) | {"image": torch.tensor([at for at, _ in captions])}
     if objects:
@@ -175,6 +189,17 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
             "image": torch.tensor([at for at, c, _ in objects for _ in c], dtype=torch.long), "told": torch.tensor(told),
         }  # fmt: skip
     return batch
+
+
+def _outlines(drawn: Sequence[tuple[int, int, bool, Tensor | None]]) -> dict[str, Tensor]:
+    """(picture, label, weak, coverage or None where it is absent) as tensors; what was moved out of the picture is neither there nor absent."""
+    there = [d for d in drawn if d[3] is not None and bool((d[3] > 127).any())]
+    none = [d[:2] for d in drawn if d[3] is None]
+    return {
+        "mask": torch.stack([d[3] for d in there]) if there else torch.zeros(0, dtype=torch.uint8), "weak": torch.tensor([d[2] for d in there], dtype=torch.bool),
+        "image": torch.tensor([d[0] for d in there], dtype=torch.long), "label": torch.tensor([d[1] for d in there], dtype=torch.long),
+        "none": torch.tensor(none, dtype=torch.long).reshape(-1, 2),
+    }  # fmt: skip
 
 
 def _choose(turns: Sequence[Turnset], most: int, kinds: Mapping[str, float], lot: np.random.Generator) -> list[int]:

@@ -353,7 +353,7 @@ class _Stage:
         for i in range(0, len(self.val), size):
             part = self.val[i : i + size]
             lots = [np.random.default_rng([self.seed, i + k]) for k in range(len(part))]
-            batch = draw(part, self.tokenizer, lots, self.stage.turns * 2, self.stage.kinds, 0.0, self.stage.pack).to(self.accelerator.device)
+            batch = draw(part, self.tokenizer, lots, self.stage.turns * 2, self.stage.kinds, 0.0, self.stage.pack, "outline" in self.found).to(self.accelerator.device)
             seed_everything(self.seed, i)
             for objective in self.found.values():
                 if hasattr(objective, "before"):

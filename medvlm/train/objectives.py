@@ -57,6 +57,7 @@ def mask(model: MedVLM, batch: Batch, out: Output, tversky: tuple[float, float] 
     its outline is never shown, and learning empty maps would drown the few that are drawn. Exact masks: cross-entropy + Dice
     (Milletari et al. 2016, arXiv:1606.04797), or focal loss of this gamma, or Tversky loss of this alpha and beta, in their
     place. Boxes: nothing outside, and the same shadow on every axis (BoxInst, Tian et al. 2021, arXiv:2012.02310, equation 2).
+    Labels that the head draws from its ladder learn their outlines by :func:`outline`; here only their presence.
     """
     if tversky is not None and (not isinstance(tversky, tuple | list) or len(tversky) != 2):
         raise ModelError(f"tversky is (alpha, beta), not {tversky!r}", "BAD_RECIPE")
@@ -69,13 +70,13 @@ def mask(model: MedVLM, batch: Batch, out: Output, tversky: tuple[float, float] 
     index = torch.tensor([k for _, k in batch.seg_image], device=batch.ids.device)
     target, weak, present, label = (batch.targets[k] for k in ("mask", "weak", "present", "label"))
     shown = present.bool()
-    drawn = head.decode(embedding, Prompts(index, tokens=model.seg_states(batch, out), named=label, draw=shown))
+    decoded = shown if head.ladder is None else shown & (label < 0)
+    drawn = head.decode(embedding, Prompts(index, tokens=model.seg_states(batch, out), named=label, draw=decoded))
     losses = {"present": F.binary_cross_entropy_with_logits(drawn.present.float(), present)}
-    if not shown.any():
-        return losses
-    losses["mask"] = loss(drawn.logits, drawn.quality[shown], target[shown], weak[shown])
+    if decoded.any():
+        losses["mask"] = loss(drawn.logits, drawn.quality[decoded], target[decoded], weak[decoded])
     named = (label >= 0) & shown
-    if head.dense is not None and named.any():
+    if head.dense is not None and head.ladder is None and named.any():
         losses["dense"] = loss(head.maps(embedding)[index[named], label[named]], None, target[named], weak[named])
     clicked = (shown & ~weak).nonzero()[:, 0]
     clicked = clicked[torch.randperm(len(clicked))[:CLICKED].to(clicked.device)]
@@ -94,7 +95,13 @@ def mask(model: MedVLM, batch: Batch, out: Output, tversky: tuple[float, float] 
 
 def mask_loss(logits: Tensor, quality: Tensor | None, target: Tensor, weak: Tensor, tversky: tuple[float, float] | None = None,
               focal: float | None = None) -> Tensor:  # fmt: skip
-    """Mean over the masks drawn of each one's loss, and of the error of its predicted IoU; see :func:`mask`.
+    """Mean over the masks drawn of each one's loss; see :func:`mask_losses`."""
+    return mask_losses(logits, quality, target, weak, tversky, focal).mean()
+
+
+def mask_losses(logits: Tensor, quality: Tensor | None, target: Tensor, weak: Tensor, tversky: tuple[float, float] | None = None,
+                focal: float | None = None) -> Tensor:  # fmt: skip
+    """(S,) each mask's loss, with the error of its predicted IoU; see :func:`mask`.
 
     logits: (S, *grid). target: (S, *size) at any multiple of it. weak: (S,).
     """
@@ -108,7 +115,27 @@ def mask_loss(logits: Tensor, quality: Tensor | None, target: Tensor, weak: Tens
     shadow = sum(dice_loss(chance.amax([*axes - {axis}]), target.amax([*axes - {axis}])) for axis in axes)
     if quality is not None:
         exact = exact + 0.1 * F.mse_loss(quality.float(), overlap(logits.detach() > 0, target > 0.5), reduction="none")
-    return torch.where(weak, outside + 0.5 * shadow, exact).mean()
+    return torch.where(weak, outside + 0.5 * shadow, exact)
+
+
+def outline(model: MedVLM, batch: Batch, out: Output, absent: float = 0.5, tversky: tuple[float, float] | None = None, focal: float | None = None) -> dict[str, Tensor]:
+    """All that is outlined of a picture at once, on the maps of the labels that the mask head knows by name; no words are needed.
+
+    batch.targets["outline"]: "mask" (n, *size) coverage in 0..255, "weak" (n,), "image" (n,) and "label" (n,) of what is there;
+    "none" (m, 2) image and label of what is known not to be. Losses of masks as :func:`mask` has them, those of one picture
+    weighing together as much as those of another; ``absent`` times the cross-entropy of a map that is to stay empty.
+    """
+    told = batch.targets.get("outline")
+    if told is None:
+        return {}
+    maps, losses = model.heads["mask"].outlines(_seen(model, batch, out)), {}
+    if len(told["image"]):
+        share = 1 / torch.bincount(told["image"])[told["image"]]
+        each = mask_losses(maps[told["image"], told["label"]], None, told["mask"].float() / 255, told["weak"], tversky, focal)
+        losses["outline"] = (each * share).sum() / share.sum()
+    if len(told["none"]):
+        losses["empty"] = absent * F.softplus(maps[told["none"][:, 0], told["none"][:, 1]].float()).mean()
+    return losses
 
 
 def dice_loss(chance: Tensor, target: Tensor) -> Tensor:
@@ -300,7 +327,7 @@ def find(names: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> 
     Raises:
         ModelError: BAD_RECIPE for a name or an argument that there is not, with those there are; for two contrastive ones.
     """
-    known = {f.__name__: f for f in (lm, mask, classify, clip, siglip, soft, box)}
+    known = {f.__name__: f for f in (lm, mask, outline, classify, clip, siglip, soft, box)}
     brought, found = parts.names("heads", "objective"), {}
     for name in names.split("+"):
         objective = known.get(name) or (name in brought and getattr(parts.find("heads", name, "objective"), "objective", None))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from medvlm.datasets import shards
 from medvlm.errors import MedVLMError
 from medvlm.sample import Turn
-from medvlm.train.batches import Batches, Cases, Stream, plan
+from medvlm.train.batches import Batches, Cases, Room, Stream, plan
 from medvlm.train.corpus import Corpus
 from medvlm.train.loop import train
 
@@ -155,7 +155,7 @@ def test_the_mixture_is_drawn_by_weight_and_each_image_once_an_epoch(root):
     picks = [p for step, _ in zip(plan({"a": 3.0, "b": 1.0}, 8, (0, 0)), range(300)) for p in step]
     share = sum(name == "a" for name, _ in picks) / len(picks)
     assert abs(share - 0.75) < 0.03 and [k for name, k in picks if name == "b"] == list(range(sum(name == "b" for name, _ in picks)))
-    cases = Cases("x", [[i] for i in range(5)], lambda group: [type("C", (), {"turns": group, "pictures": {1: 1}, "size": 1})()], 10**9)
+    cases = Cases("x", [[i] for i in range(5)], lambda group: [type("C", (), {"turns": group, "pictures": {1: 1}, "size": 1})()], Room(10**9))
     read = cases.reader((0, 0), (0, 1))
     order = [read(k)[0].turns[0] for k in range(20)]
     assert all(sorted(order[e : e + 5]) == list(range(5)) for e in range(0, 20, 5)) and order[:5] != order[5:10]
@@ -168,9 +168,18 @@ def test_prepared_images_make_room_for_one_another():
         made.append(group[0])
         return [type("C", (), {"turns": [1], "pictures": {}, "size": 10})()]
 
-    cases = Cases("x", [[i] for i in range(6)], make, room=30)
-    assert made == list(range(6)) and cases.held <= 30
-    assert cases[5] and made == list(range(6)) and cases[0] and made[-1] == 0 and cases.held <= 30
+    room = Room(30)
+    cases = Cases("x", [[i] for i in range(6)], make, room)
+    assert made == list(range(6)) and room.held <= 30
+    assert cases[5] and made == list(range(6)) and cases[0] and made[-1] == 0 and room.held <= 30
+
+
+def test_sets_share_one_room():
+    """What one set leaves free another may take, and each gives up its own oldest."""
+    make = lambda group: [type("C", (), {"turns": [1], "pictures": {}, "size": 10})()]  # noqa: E731
+    room = Room(50)
+    few, many = (Cases(n, [[i] for i in range(k)], make, room) for n, k in (("few", 1), ("many", 9)))
+    assert (len(few.kept), len(many.kept), room.held) == (1, 4, 50)
 
 
 def test_mirror_images_are_drawn_with_their_words_exchanged(root, tmp_path):

@@ -1,0 +1,83 @@
+"""Reports of what is no chest X-ray: what kind of picture it is, which structures are outlined in it and how large, which objects, and what was looked for in vain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from ..datasets import facts, sentences
+from ..imaging.scan import Image, Volume
+from ..sample import Finding, Measurement, Region, Report, Segmentation, Sentence
+
+SURE = 0.5
+"""A part, plane or side is named from this probability on."""
+COUNTED = 0.3
+"""An object counts from this score on."""
+
+
+def report(picture: Image | Volume, modality: str, chances: Mapping[str, float], drawn: Sequence[Segmentation], objects: Callable[[str], list[Region]],
+           kinds: Sequence[str] = ()) -> Report:  # fmt: skip
+    """The report of one picture.
+
+    Args:
+        modality: of the picture, or what it looks like. chances: the classifier's, {"part:chest": p, ...}.
+        drawn: the outline of each structure that is looked for in this kind of picture, empty where it is not seen.
+        objects: label -> its boxes. kinds: of objects that may be in such a picture.
+    """
+    found: list[Finding] = []
+    said: list[Sentence] = []
+    likely = {group: _likeliest(chances, group) for group in ("part", "plane", "eye")}
+    told = {g: likely[g] for g in _groups(picture, modality) if likely[g] and likely[g][1] >= SURE}
+    found += [Finding({"eye": f"{n} eye", "plane": f"{n} plane"}.get(g, n), True, p) for g, (n, p) in told.items()]
+    if told:
+        name = facts.MODALITY_NAMES.get(modality, "an image")
+        said.append(Sentence(_whole(name, {g: n for g, (n, _) in told.items()}), (), "findings", tuple(range(len(found)))))
+    missing = []
+    for s in drawn:
+        found.append(Finding(s.label, bool(s.mask.any()), s.present, (s.region,) if s.mask.any() else (), tuple(sizes(s))))
+        if s.mask.any():
+            size = "".join(f" ({m.value:.3g} {'' if m.unit == '1' else m.unit}{' of the picture' if m.unit == '%' else ''})" for m in found[-1].measurements[:1])
+            said.append(Sentence(f"The {s.label} {'are' if sentences.many(s.label) else 'is'} seen{size}.", (s.region,), "findings", (len(found) - 1,)))
+        else:
+            missing.append(len(found) - 1)
+    for kind in kinds:
+        boxes = [r for r in objects(kind) if r.probability >= COUNTED]
+        if boxes:
+            found.append(Finding(kind, True, boxes[0].probability, tuple(boxes), (Measurement("count", len(boxes), "1"),)))
+            said.append(Sentence(f"{len(boxes)} {kind} {'are' if len(boxes) > 1 else 'is'} seen.", tuple(boxes), "findings", (len(found) - 1,)))
+    if missing:
+        said.append(Sentence(f"No {_listed([found[k].label for k in missing])} {'is' if len(missing) == 1 else 'are'} seen.", (), "findings", tuple(missing)))
+    return Report(tuple(said), tuple(found))
+
+
+def sizes(one: Segmentation) -> list[Measurement]:
+    """The volume in mL, the area in mm2, or where the spacing is not known the share of the picture."""
+    cells, spacing = int(one.mask.sum()), one.image.spacing
+    if not cells:
+        return []
+    if spacing is None:
+        return [Measurement("share of the picture", 100 * cells / one.mask.size, "%")]
+    size = cells * float(np.prod(spacing))
+    return [Measurement("volume", size / 1000, "mL")] if isinstance(one.image, Volume) else [Measurement("area", size, "mm2")]
+
+
+def _groups(picture: Image | Volume, modality: str) -> tuple[str, ...]:
+    """What is told of such a picture as a whole; a volume has no plane of its own."""
+    return {"fundus": ("eye",), "ct": ("part", "plane"), "mr": ("part", "plane")}.get(modality, ())[: 1 if isinstance(picture, Volume) else 2]
+
+
+def _likeliest(chances: Mapping[str, float], group: str) -> tuple[str, float] | None:
+    own = {n.partition(":")[2]: p for n, p in chances.items() if n.startswith(f"{group}:")}
+    return max(own.items(), key=lambda pair: pair[1]) if own else None
+
+
+def _whole(name: str, told: Mapping[str, str]) -> str:
+    plane = f"{told['plane']} " if "plane" in told else ""
+    kind = f"{plane}{name.partition(' ')[2]}"
+    of = f" of the {told['part']}" if "part" in told else f" of the {told['eye']} eye" if "eye" in told else ""
+    return f"{'An' if kind[0] in 'aeiouAEIOU' or kind.startswith('MR') else 'A'} {kind}{of}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -1,0 +1,152 @@
+"""Outlines without words: the ladder's maps, their objective, what a batch holds for it, windows and slices as pictures."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+from medvlm.datasets import facts
+from medvlm.datasets.slices import sliced
+from medvlm.datasets.windows import windowed
+from medvlm.encoders.base import Features
+from medvlm.errors import MedVLMError
+from medvlm.heads.mask import Prompts, build
+from medvlm.imaging.scan import Image, Volume
+from medvlm.language import Batch
+from medvlm.sample import SEG, Mask, Sample, Turn
+from medvlm.train import objectives
+from medvlm.train.data import draw, prepare
+from medvlm.vlm import MedVLM, Output
+
+DIMS, STRIDES = (4, 6, 8), (2, 4, 8)
+
+
+def head(**given):
+    torch.manual_seed(0)
+    return build(DIMS, STRIDES, 12, (32, 48), dim=16, heads=2, labels=("a", "b"), **{"ladder": 4, **given}).eval()
+
+
+def levels(count=2):
+    torch.manual_seed(1)
+    return Features(torch.zeros(count, 1, 1), (1,), torch.zeros(count, 1), tuple(torch.randn(count, d, 32 // s, 48 // s) for d, s in zip(DIMS, STRIDES)))
+
+
+def laddered(tokenizer):
+    config = tiny.config(tokenizer)
+    config.parts["heads"]["mask"]["args"]["ladder"] = 4
+    torch.manual_seed(0)
+    return MedVLM(config).eval()
+
+
+@torch.no_grad()
+def test_a_label_known_by_name_is_drawn_from_the_ladder_alone():
+    one, features = head(), levels()
+    maps = one.outlines(features)
+    assert maps.shape == (2, 2, 16, 24)
+    prompts = Prompts(torch.tensor([1, 0, 1]), tokens=torch.randn(3, 2, 12), named=torch.tensor([0, -1, 1]))
+    before = one(features, prompts)
+    assert torch.equal(before.logits[0], maps[1, 0]) and torch.equal(before.logits[2], maps[1, 1])
+    one.decoder.output_hypernetworks_mlps[0].layers[-1].bias.add_(1)
+    after = one(features, prompts)
+    assert torch.equal(after.logits[[0, 2]], before.logits[[0, 2]]) and not torch.allclose(after.logits[1], before.logits[1])
+    assert torch.equal(after.present, before.present)
+    few = one(features, replace(prompts, draw=torch.tensor([False, True, True])))
+    torch.testing.assert_close(few.logits, after.logits[1:])
+
+
+def test_the_ladder_sees_every_level():
+    one, features = head(), levels(1)
+    for level in features.levels:
+        level.requires_grad_(True)
+    one.outlines(features)[0, 0, 8, 12].backward()
+    assert all(level.grad.abs().sum() > 0 for level in features.levels)
+
+
+@pytest.mark.parametrize("given", [{"refine": 4}, {"labels": ()}])
+def test_a_head_has_a_ladder_or_a_refiner_and_names_for_it(given):
+    with pytest.raises(MedVLMError) as error:
+        build(DIMS, STRIDES, 12, (32, 48), **{"dim": 16, "heads": 2, "labels": ("a",), "ladder": 4, **given})
+    assert error.value.code == "BAD_RECIPE"
+
+
+def test_pictures_weigh_the_same_however_much_is_outlined_and_absent_maps_are_pushed_down():
+    model = laddered(tiny.tokenizer())
+    torch.manual_seed(2)
+    out = Output(features=model.encode({"picture": torch.rand(2, 1, 64, 64)}))
+    masks = (torch.rand(3, 64, 64) > 0.6).to(torch.uint8) * 255
+    told = {"mask": masks, "weak": torch.tensor([False, True, False]), "image": torch.tensor([0, 0, 1]), "label": torch.tensor([0, 2, 1]), "none": torch.tensor([[1, 3], [0, 1]])}
+    batch = Batch(*(torch.zeros(0, 0, dtype=torch.long) for _ in range(3)), {}, targets={"outline": told, "labels": torch.zeros(2, 1)})
+    losses = objectives.outline(model, batch, out, absent=0.25)
+    maps = model.heads["mask"].outlines(out.features["picture"])
+    alone = [objectives.mask_loss(maps[i, n][None], None, m[None] / 255.0, w[None]) for i, n, m, w in zip(told["image"], told["label"], masks, told["weak"])]
+    assert losses["outline"].item() == pytest.approx(((alone[0] + alone[1]) / 4 + alone[2] / 2).item(), abs=1e-6)
+    assert losses["empty"].item() == pytest.approx(0.25 * F.softplus(torch.stack([maps[1, 3], maps[0, 1]])).mean().item(), abs=1e-6)
+    sum(losses.values()).backward()
+    assert model.heads["mask"].ladder.foot.weight.grad.abs().sum() > 0
+
+
+def test_a_batch_holds_every_outline_whatever_is_asked():
+    tokenizer = tiny.tokenizer()
+    model, picture = laddered(tokenizer), tiny.picture(size=(64, 64))
+    lung, none = np.zeros((64, 64), bool), np.zeros((64, 64), bool)
+    lung[10:40, 5:30] = True
+    ask = (Turn("user", "Segment it."), Turn("assistant", SEG))
+    samples = [Sample(f"s{k}", images={picture.id: picture}, turns=ask, masks=(Mask(picture.id, name, array),), meta={"row": "r", "kind": "segment"})
+               for k, (name, array) in enumerate((("right lung", lung), ("left lung", none), ("something else", lung)))]  # fmt: skip
+    (case,) = prepare(model, tokenizer, samples)
+    assert case.size == case.pictures[picture.id][0][1].nbytes + 2 * 64 * 64 + 1  # what is absent takes next to no room
+    told = draw([case], tokenizer, [np.random.default_rng(0)], turns=0, outlines=True).targets["outline"]
+    assert told["label"].tolist() == [0] and told["none"].tolist() == [[0, 1]] and told["image"].tolist() == [0]
+    assert np.array_equal(told["mask"][0].numpy() > 127, lung)
+    assert "outline" not in draw([case], tokenizer, [np.random.default_rng(0)], turns=1).targets
+    moved = draw([case], tokenizer, [np.random.default_rng(3)], turns=0, strength=1.0, outlines=True)
+    where = np.argwhere(moved.targets["outline"]["mask"][0].numpy() > 127)
+    assert not np.array_equal(where.mean(0), np.argwhere(lung).mean(0)) and abs(where.mean(0) - np.argwhere(lung).mean(0)).max() < 15
+
+
+def photograph(size=(100, 130)):
+    pixels = np.random.default_rng(0).integers(0, 255, (3, *size), dtype=np.uint8)
+    image = Image("fundus-1", pixels, None, "fundus", "uint8", {})
+    mask = pixels[0] > 128
+    base = Sample("eye", "p1", {image.id: image}, meta={"row": "eye", "split": "train"})
+    return [replace(base, masks=(Mask(image.id, "vessel", mask),)), replace(base, turns=(Turn("user", "Whose eye?"), Turn("assistant", "right")))]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_windows_cover_the_picture_with_its_masks(turned):
+    group = photograph()
+    whole, seen, laid = group[0].images["fundus-1"].pixels, np.zeros((100, 130), int), set()
+    for one in windowed(group, 40, 0.5, turned):
+        base, outlined = one
+        (image,) = base.images.values()
+        top, left = map(int, base.meta["row"].partition("@")[2].split(","))
+        assert image.pixels.shape == (3, 40, 40) and np.array_equal(outlined.masks[0].array, image.pixels[0] > 128)  # both are laid alike
+        seen[top : top + 40, left : left + 40] += 1
+        part = whole[:, top : top + 40, left : left + 40]
+        ways = [np.rot90(p, k, (1, 2)) for p in (part, part[..., ::-1]) for k in range(4)]
+        laid |= {k for k, way in enumerate(ways) if np.array_equal(way, image.pixels)}
+        assert base.turns == () and base.patient == "p1"
+    assert seen.min() >= 1 and seen[50, 65] >= 4
+    assert (laid == {0}) if not turned else len(laid) > 4
+
+
+def test_a_small_picture_is_one_window():
+    (one,) = windowed(photograph((30, 20)), 40)
+    assert next(iter(one[0].images.values())).shape == (3, 30, 20)
+
+
+@pytest.mark.parametrize(("plane", "seen"), [("axial", (7, 8)), ("coronal", (6, 8)), ("sagittal", (6, 7))])
+@pytest.mark.parametrize("stored", ["SPL", "LAS", "IRP"])
+def test_slices_are_shown_as_a_radiologist_reads_them(plane, seen, stored):
+    """Head or front up and the patient's right on the left, however the volume is stored; the plane is told from the slice's place."""
+    voxels = np.arange(6 * 7 * 8, dtype=np.int16).reshape(1, 6, 7, 8)
+    affine = np.array([[0, 0, 1, 0], [0, 2, 0, 0], [3.0, 0, 0, 0], [0, 0, 0, 1]])
+    volume = Volume("ct-1", voxels, affine, "ct", "HU").reorient(stored)
+    (one,) = sliced([Sample("v", images={"ct-1": volume}, meta={"row": "v"})], 1, plane)
+    (image,) = one[0].images.values()
+    expected = {"axial": voxels[0, 3], "coronal": voxels[0, ::-1, 3], "sagittal": voxels[0, ::-1, :, 4]}[plane]
+    assert image.shape[1:] == seen and np.array_equal(image.pixels[0], expected)
+    assert facts.plane(facts.case_of(one)) == plane
