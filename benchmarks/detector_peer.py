@@ -28,6 +28,7 @@ from torchvision.transforms import v2
 from medvlm.datasets.predictions import save_predictions
 from medvlm.evaluate import ground, run
 from medvlm.sample import Prediction, Region, Sample, Turn
+from medvlm.train.loop import fast_bf16
 
 LABELS = ("RBC", "WBC", "Platelets")
 FOLDER, SIZE, WIDTH, BATCH, RATE, WARM = "path_bccd", (288, 384), 128, 8, 5e-4, 0.03
@@ -89,7 +90,7 @@ def predicted(model: FCOS, samples: list[Sample]) -> list[Prediction]:
     for s in samples:
         row, (image,) = s.meta["row"], s.images
         if row not in seen:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16("cpu")):
                 seen[row] = model([pixels(s).float() / 255])[0]
         said = seen[row]
         mine = said["labels"] == LABELS.index(s.question)
@@ -127,7 +128,7 @@ def train(data: Path, minutes: float, say) -> tuple[FCOS, dict]:
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1, (done + 1e-3) / WARM) * max(0.001, 1 - done) ** 0.9
         model.train()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16("cpu")):
             losses = model([p.as_subclass(torch.Tensor) for p in pictures], [{"boxes": b.as_subclass(torch.Tensor), "labels": n} for b, n in zip(boxes, labels)])
         loss = sum(losses.values())
         optimizer.zero_grad()

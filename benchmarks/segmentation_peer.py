@@ -33,6 +33,7 @@ from medvlm.evaluate.segment import dice, score
 from medvlm.preprocess import Frame, InputSpec, to_tensor
 from medvlm.sample import Mask, Prediction, Sample
 from medvlm.train.augment import Augmentation
+from medvlm.train.loop import fast_bf16
 
 SIDE, BATCH, RATE = 256, 8, 1e-3
 POINTS = (0.25, 0.5, 0.75)
@@ -125,7 +126,7 @@ def drawer(peer: Peer, rng: np.random.Generator):
 @torch.no_grad()
 def drawn(model: torch.nn.Module, case: Case) -> np.ndarray:
     """bool (outputs, H, W) on the image's own grid."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16("cpu")):
         logits = sliding_window_inference((case.picture[None] - 0.5) / 0.25, (SIDE, SIDE), 4, lambda x: model(x).float(), overlap=0.5, mode="gaussian")
     return case.frame.masks(logits[0])
 
@@ -143,7 +144,7 @@ def train(peer: Peer, data: Path, minutes: float, say) -> tuple[torch.nn.Module,
         for group in optimizer.param_groups:
             group["lr"] = RATE * max(0.001, 1 - spent / (minutes * 60)) ** 0.9
         model.train()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16("cpu")):
             logits = model(((pictures - 0.5) / 0.25).contiguous(memory_format=torch.channels_last))
         # one output at a time: of several, DiceCELoss takes the softmax, which knows no background here
         loss = torch.stack([loss_of(a[:, None], b[:, None]) for a, b in zip(logits.float().unbind(1), targets.unbind(1))]).mean()

@@ -234,7 +234,7 @@ def train_arguments(parser: Parser) -> None:
     parser.add_argument("--out", required=True, metavar="RUN", help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on from the last state in --out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp16", "no"))
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp16", "no"), help="of the forward pass; auto: bf16 where the hardware has it")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that make batches; 0 makes them between the steps (default)")
     parser.add_argument("--save-minutes", type=float, default=5.0, metavar="M", help="minutes between two saved states (default: 5)")
     parser.add_argument("--shard", action="store_true", help="split the parameters over the processes that torchrun starts (FSDP2)")

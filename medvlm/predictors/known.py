@@ -31,7 +31,7 @@ _WHICH = {
     "part": re.compile(r"^(what|which) (part of the body|body part|region of the body)\b", re.I),
     "eye": re.compile(r"^which eye is this\?*$|^is this the (right or the left|left or the right) eye\?*$", re.I),
 }  # fmt: skip
-_THERE = re.compile(r"^(?:is|are) there (?:an? |any |evidence of |signs? of )*(?P<what>[\w -]+?)(?: (?:in|on) (?:this|the) [\w -]+| present| seen| visible| here)?\?*$|"
+_THERE = re.compile(r"^(?:is|are) there (?:an? |any |evidence of |signs? of )*(?P<what>[\w -]+?)(?: (?:in|on) (?:this|the) (?:(?:chest|ct|mr|fundus) )*(?:image|picture|film|scan|slice|x-?ray|photograph|study)| present| seen| visible| here)*\?*$|"
                     r"^does (?:this|the) (?:image|picture|slice|scan|x-ray|chest x-ray|film|photograph|ct slice|ct scan)? ?(?:show|have|contain) (?:an? |any |the |evidence of )*(?P<what2>[\w -]+?)\?*$|"
                     r"^(?:is|are) (?:an? |the )*(?P<what3>[\w -]+?) (?:in this (?:image|picture|slice|scan)|seen here|seen|present|visible|shown)\?*$|"
                     r"^can (?:you see |the )(?:an? )?(?P<what4>[\w -]+?)(?: be seen here)?\?*$", re.I)  # fmt: skip

@@ -248,6 +248,8 @@ class NativeModel(Model):
 
     def segment(self, study, target=None, *, points=None, boxes=None, image=None) -> Segmentation:
         picture = self._readable(study, image)
+        if (points is not None or boxes is not None) and self._sliced(picture):
+            raise ModelError(f"{self.name} sees volumes slice by slice and takes points and boxes on single pictures only", "UNSUPPORTED_VERB", "name a target, or give one slice")
         if points is not None or boxes is not None:
             return self._prompted(picture, self._target(target) if target else "target", points, boxes)
         if target is None:

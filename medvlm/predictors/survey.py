@@ -47,7 +47,7 @@ def report(picture: Image | Volume, modality: str, chances: Mapping[str, float],
             found.append(Finding(kind, True, boxes[0].probability, tuple(boxes), (Measurement("count", len(boxes), "1"),)))
             said.append(Sentence(f"{len(boxes)} {kind} {'are' if len(boxes) > 1 else 'is'} seen.", tuple(boxes), "findings", (len(found) - 1,)))
     if missing:
-        said.append(Sentence(f"No {_listed([found[k].label for k in missing])} {'is' if len(missing) == 1 else 'are'} seen.", (), "findings", tuple(missing)))
+        said.append(Sentence(f"No {_listed([found[k].label for k in missing])} {'are' if sentences.many(found[missing[-1]].label) else 'is'} seen.", (), "findings", tuple(missing)))
     return Report(tuple(said), tuple(found))
 
 

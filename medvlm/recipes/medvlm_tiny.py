@@ -16,10 +16,11 @@ from dataclasses import replace
 import numpy as np
 import timm
 
-from ..datasets import facts, instruct
+from ..datasets import facts, instruct, mirror
 from ..datasets.sentences import spoken, word
 from ..datasets.slices import sliced
 from ..datasets.windows import windowed
+from ..errors import ModelError
 from ..imaging.scan import Volume
 from ..sample import Mask, Sample, Turn
 from ..vlm import MedVLMConfig
@@ -59,7 +60,7 @@ KINDS = ("segment", "asked", "finding", "describe", "modality", "view", "plane",
 BONES = re.compile(r"^(vertebra|rib|sternum|hip|sacrum|femur|humerus|scapula|clavicula|skull|mandible)")
 
 
-def model(tokenizer, size: int = 256, backbone: str = "regnety_004", dim: int = 192, layers: int = 4, embed: int = 128, ladder: int = 32) -> MedVLMConfig:
+def model(tokenizer, size: int = 256, backbone: str = "mobilenetv4_conv_small", dim: int = 192, layers: int = 4, embed: int = 128, ladder: int = 16) -> MedVLMConfig:
     """The configuration; size: side of the input in pixels, dim and layers: of the language model, embed: of the space that
     pictures and captions share, ladder: channels of the map that outlines are read off."""
     info = timm.create_model(backbone, features_only=True).feature_info
@@ -75,7 +76,7 @@ def model(tokenizer, size: int = 256, backbone: str = "regnety_004", dim: int = 
             "heads": {
                 "mask": {"file": "mask", "args": {**pyramid, "lm_dim": dim, "size": square, "labels": list(TARGETS), "ladder": ladder}},
                 "classify": {"file": "classify", "args": {"dim": dims[-1], "labels": [*FINDINGS, *(n for g in groups for n in g)], "groups": groups}},
-                "box": {"file": "box", "args": {**pyramid, "dim": dims[-1], "labels": list(CELLS), "width": 96}},
+                "box": {"file": "box", "args": {**pyramid, "dim": dims[-1], "labels": list(CELLS), "width": 64}},
                 "contrast": {"file": "contrast", "args": {"dim": dims[-1], "text_dim": dim, "embed_dim": embed}},
             },
             "language": {"lm": towers.language(tokenizer, None, dim, layers)},
@@ -112,6 +113,20 @@ def samples(group: list[Sample], name: str, split: str) -> Iterator[Sample]:
                 yield from _conversations(one, complete)
     else:
         yield from _conversations(group)
+        if split == "train" and (part == "outlined" or name == "fundus_chase"):  # few pictures, of which sides are learnt
+            yield from _mirrored(_conversations(group))
+
+
+def _mirrored(talks: Iterator[Sample]) -> Iterator[Sample]:
+    """The twins of what stays true in a mirror, as another picture."""
+    for s in talks:
+        try:
+            twin = mirror.mirror(s)
+        except ModelError as error:
+            if error.code != "FLIP_REFUSED":
+                raise
+            continue
+        yield replace(twin, id=f"{s.id}~", meta={**twin.meta, "row": f"{s.meta['row']}~"})
 
 
 def _conversations(group: list[Sample], complete: bool = False) -> Iterator[Sample]:
@@ -132,7 +147,7 @@ def _conversations(group: list[Sample], complete: bool = False) -> Iterator[Samp
         s = replace(s, labels={k: v for k, v in s.labels.items() if ":" not in k} | labels)
         if s.meta["kind"] == "asked":
             s = replace(s, turns=(s.turns[0], Turn("assistant", s.answer.strip().lower())))
-        if number == 0 and s.meta["kind"] != "segment":  # what is no smear holds none of its cells
+        if number == 0 and s.meta["kind"] != "segment" and modality == "pathology":  # tissue holds none of a smear's cells
             s = replace(s, regions=cells, meta={**s.meta, "boxed": True})
         yield s
 
@@ -243,7 +258,8 @@ def calibrate(model, tokenizer, val: list[Sample]) -> dict:
 
 
 SEEING = {"encoders.picture.*": 1.0, "heads.mask.ladder.*": 1.0, "heads.mask.dense.*": 1.0, "heads.classify.*": 1.0, "heads.box.*": 1.0}
-SPEAKING = {**SEEING, "heads.mask.*": 1.0, "projectors.*": 1.0, "lm.*": 1.0}
+SPEAKING = {"projectors.*": 1.0, "lm.*": 1.0, "heads.mask.*": 1.0, "heads.mask.ladder.*": 0.0, "heads.mask.dense.*": 0.0}
+"""What is seen stays as it was learnt: a few hundred conversations would only blur it."""
 SCANS = {"phantom_chest_ct": 0.5, "phantom_abdomen_ct": 0.9, "phantom_head_ct": 0.3, "phantom_abdomen_mr": 0.3, "phantom_head_mr": 0.3}
 OUTLINES = {"xray_covid": 1.5, "xray_covid/outlined": 3.0, "phantom_films": 1.5, "fundus_chase": 0.5, "fundus_chase/windows": 3.0, "path_bccd": 1.5,
             "path_dsb_nuclei": 0.3, "path_dsb_nuclei/windows": 3.0, "vol_totalseg": 1.5, "vol_deeplesion": 0.3, "vqa_rad": 1.5, **SCANS}  # fmt: skip
@@ -257,12 +273,12 @@ RECIPE = Recipe(
     samples=samples,
     tokenizer=towers.vocabulary,
     stages=(
-        Stage("see", "outline+classify+box", SEEING, OUTLINES, lr=2e-3, steps=4000, batch=16, turns=0, augment=1.3, warmup=200, every=1000),
-        Stage("speak", "lm+mask+outline+classify+box", SPEAKING, ANSWERS, lr=6e-4, steps=900, batch=12, turns=4, augment=0.8, warmup=50, every=450,
+        Stage("see", "outline+classify+box", SEEING, OUTLINES, lr=2e-3, steps=2400, batch=16, turns=0, augment=1.3, warmup=150, every=800),
+        Stage("speak", "lm+mask", SPEAKING, ANSWERS, lr=1e-3, steps=600, batch=12, turns=4, augment=0.8, warmup=50, every=300,
               kinds={"segment": 4.0, "asked": 3.0, "finding": 1.5, "describe": 0.7, "modality": 0.7, "view": 0.7, "plane": 0.5, "organ": 0.7, "abnormal": 0.5,
                      "count": 0.3, "facts": 0.3, "text": 1.0}),
-        Stage("match", "clip", {"encoders.text.*": 1.0, "heads.contrast.*": 1.0}, {k: v for k, v in OUTLINES.items() if "/" not in k}, lr=1e-3, steps=250,
-              batch=64, turns=0, augment=0.5, warmup=20, every=125),
+        Stage("match", "clip", {"encoders.text.*": 1.0, "heads.contrast.*": 1.0}, {k: v for k, v in OUTLINES.items() if "/" not in k}, lr=1e-3, steps=150,
+              batch=64, turns=0, augment=0.5, warmup=20, every=75),
     ),
     tasks=("segment", "vqa", "probe", "ground", "retrieve_facts"),
     finish=calibrate,

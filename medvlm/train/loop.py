@@ -34,7 +34,7 @@ GIVE_UP = 20
 
 
 def train(recipe, data: str | Path, out: str | Path, resume: bool = False, seed: int = 0, device: str | None = None,
-          precision: str = "bf16", save_minutes: float = 5.0, workers: int = 0, shard: bool = False, skip_bad: bool = False,
+          precision: str = "auto", save_minutes: float = 5.0, workers: int = 0, shard: bool = False, skip_bad: bool = False,
           allow_leaks: bool = False) -> Path:  # fmt: skip
     """Run a recipe's stages and write the model to ``out/model``.
 
@@ -45,7 +45,7 @@ def train(recipe, data: str | Path, out: str | Path, resume: bool = False, seed:
             resume from), ``skipped.jsonl`` (what skip_bad left out), and at the end ``model``.
         resume: go on from the last state of ``out``. Every step draws its batch and its dropout from (seed, stage,
             step), so that a resumed run goes on as if it had not stopped.
-        precision: "bf16", "fp16" or "no", of the forward pass.
+        precision: "bf16", "fp16" or "no", of the forward pass; "auto" is bf16 where the hardware computes in it (:func:`fast_bf16`).
         workers: processes that make batches; 0 makes them between the steps.
         shard: split the parameters over the processes (FSDP2) where each would hold all of them (DDP).
         skip_bad: leave out images and rows that are bad, count and list them; else the first one ends the run.
@@ -75,6 +75,7 @@ def _train(recipe, data, out, resume, seed, device, precision, save_minutes, wor
     if shard and any(stage.lora for stage in recipe.stages):
         raise ModelError("adapters (lora) cannot be put into a model whose parameters are split", "BAD_RECIPE", "leave out --shard: with LoRA most parameters are frozen")
     distributed.refuse_ignored_fsdp("cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda")
+    precision = ("bf16" if fast_bf16(device) else "no") if precision == "auto" else precision
     AcceleratorState._reset_state()  # else a second run of this process must have the first one's precision
     accelerator = Accelerator(
         mixed_precision=precision, cpu=device == "cpu" or not torch.cuda.is_available(),
@@ -138,6 +139,13 @@ def _train(recipe, data, out, resume, seed, device, precision, save_minutes, wor
         record.curves(out)
     distributed.wait()
     return out / "model"
+
+
+def fast_bf16(device: str | None = None) -> bool:
+    """Whether bf16 is a gain: GPUs that know it, and processors with instructions for it; others emulate it, ten times slower than float32."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _counted(recipe, sources):

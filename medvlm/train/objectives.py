@@ -260,7 +260,7 @@ def box(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
         return {}
     features = _seen(model, batch, out)
     if head.dense is not None and "boxes" in batch.targets and batch.targets["boxes"]["told"].any():
-        losses |= _objects(head, head(features), batch.targets["boxes"])
+        losses |= _objects(head, features, batch.targets["boxes"])
     if head.asked is not None and batch.seg is not None and len(batch.seg):
         index = torch.tensor([k for _, k in batch.seg_image], device=batch.ids.device)
         target, present = batch.targets["mask"], batch.targets["present"]
@@ -274,9 +274,10 @@ def box(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     return losses
 
 
-def _objects(head, boxes, target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's FCOS losses on the pictures whose objects are all marked."""
+def _objects(head, features: Features, target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's FCOS losses on the pictures whose objects are all marked; the head looks at no others."""
     told = target["told"].nonzero()[:, 0].tolist()
+    boxes = head(features._replace(levels=tuple(level[told] for level in features.levels)))
     cells = head.cells(boxes.logits.shape[2:], boxes.logits.device)
     targets, owners = [], []
     for k in told:
@@ -287,7 +288,7 @@ def _objects(head, boxes, target: dict[str, Tensor]) -> dict[str, Tensor]:
     flat = {
         "cls_logits": boxes.logits, "bbox_regression": boxes.distances / head.stride, "bbox_ctrness": boxes.centreness[:, None],
     }  # fmt: skip
-    flat = {k: v[told].float().flatten(2).transpose(1, 2) for k, v in flat.items()}
+    flat = {k: v.float().flatten(2).transpose(1, 2) for k, v in flat.items()}
     losses = head.dense.compute_loss(targets, flat, [cells] * len(told), owners)
     return {"boxes": losses["classification"], "box_edges": losses["bbox_regression"], "box_centres": losses["bbox_ctrness"]}
 

@@ -1,0 +1,193 @@
+"""What the card of medvlm-tiny says and no task scores: the kind of picture, what is not there, mirrors, and one study in many forms.
+
+    python benchmarks/tiny_checks.py --data DIR --split test --out runs/checks
+
+- kind: every picture and volume of the split is shown without its header's modality, and the model names it.
+- absent: each picture is asked for targets that no picture of its kind shows; an empty mask is right.
+- mirror: a mirrored photograph of the eye is of the other eye; the left lung of a mirrored chest is the mirrored right one.
+- forms: a chest X-ray as it is, as 8-bit and 16-bit PNG, as DICOM in 12 bits, as MONOCHROME1, twice as large, and in a wider
+  window; a CT slab turned, flipped and with another window. Answers are compared with those to the first, masks by Dice.
+
+Intervals are 95 %, by images drawn with replacement; ``scores.json`` holds each answer.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as Pillow
+
+import medvlm
+from medvlm.datasets import manifest
+from medvlm.evaluate.segment import dice
+from medvlm.evaluate.statistics import mean_score
+from medvlm.imaging import window
+from medvlm.imaging.scan import Image, Study, Volume
+from medvlm.recipes.medvlm_tiny import ELSEWHERE
+
+SETS = ("xray_covid", "fundus_chase", "path_bccd", "path_dsb_nuclei", "vol_totalseg", "vol_deeplesion", "dicom_series", "vqa_rad")
+LEFT_RIGHT = (("right lung", "left lung"), ("left lung", "right lung"))
+QUESTIONS = ("What kind of image is this?", "Is this a CT scan?", "Is there consolidation?", "Is there cardiomegaly?", "Is there ground-glass opacity?",
+             "Is there an endotracheal tube?", "Is there a pleural effusion?", "Is this an image of the chest?")  # fmt: skip
+
+
+def pictures(data: Path, sets, split: str) -> Iterator[tuple[str, dict, Image | Volume]]:
+    for name in sets:
+        if (data / name / "manifest.jsonl").is_file():
+            for row in manifest.rows(data / name, split):
+                for image in manifest.open_images(row)[:1]:
+                    yield name, row, image
+                    image.release()
+
+
+def study(image) -> Study:
+    return Study("study", None, (image,))
+
+
+def like(image, array=None, modality: str | None = None):
+    made = image.with_pixels(image.pixels if array is None else array) if isinstance(image, Image) else image.with_voxels(image.voxels if array is None else array)
+    made.modality = modality or image.modality
+    return made
+
+
+def kinds(model, data: Path, split: str) -> list[dict]:
+    found = []
+    for name, row, image in pictures(data, SETS, split):
+        if row["modality"] in ELSEWHERE:
+            bare = like(image, modality="unknown")
+            refused = model.scope(bare)
+            said = None if refused else max((n for n in model._chances(bare) if n.startswith("modality:")), key=model._chances(bare).get)
+            found.append({"set": name, "id": row["id"], "modality": row["modality"], "said": said, "value": float(said == f"modality:{row['modality']}")})
+    return found
+
+
+def absent(model, data: Path, split: str) -> list[dict]:
+    found = []
+    for name, row, image in pictures(data, SETS, split):
+        for target in ELSEWHERE.get(row["modality"], ()):
+            drawn = model.segment(study(image), target)
+            found.append({"set": name, "id": row["id"], "modality": row["modality"], "target": target, "present": drawn.present, "value": float(not drawn.mask.any())})
+    return found
+
+
+def mirrors(model, data: Path, split: str) -> list[dict]:
+    found = []
+    for name, row, image in pictures(data, ("fundus_chase", "xray_covid"), split):
+        turned = like(image, np.ascontiguousarray(image.pixels[..., ::-1]))
+        if name == "fundus_chase":
+            eyes = [max(("eye:right", "eye:left"), key=model._chances(x).get) for x in (image, turned)]
+            found.append({"set": name, "id": row["id"], "said": eyes, "value": float(eyes[0] != eyes[1])})
+            continue
+        for one, other in LEFT_RIGHT:
+            plain, mirrored = model.segment(study(image), one).mask, model.segment(study(turned), other).mask
+            same = dice(plain[:, ::-1], mirrored)
+            found.append({"set": name, "id": row["id"], "target": one, "dice": same, "value": float(same >= 0.8)})
+    return found
+
+
+def films(image: Image, folder: Path) -> Iterator[tuple[str, Image | Volume]]:
+    """One X-ray in several forms, read as a user would read each."""
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+    grey = window.display(image)
+    grey = (grey if grey.ndim == 2 else grey.mean(-1)).astype(np.uint8)
+
+    def dicom(name: str, array: np.ndarray, photometric: str, bits: int, windows: tuple[float, float] | None = None) -> Path:
+        ds = Dataset()
+        ds.Modality, ds.ViewPosition, ds.SOPClassUID, ds.SOPInstanceUID = "DX", "PA", "1.2.840.10008.5.1.4.1.1.1.1", generate_uid()
+        ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.BodyPartExamined = generate_uid(), generate_uid(), "CHEST"
+        ds.Rows, ds.Columns, ds.SamplesPerPixel, ds.PhotometricInterpretation = *array.shape, 1, photometric
+        ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, bits, bits - 1, 0
+        ds.ImagerPixelSpacing = [0.8, 0.8]
+        if windows:
+            ds.WindowCenter, ds.WindowWidth = windows
+        ds.PixelData = array.astype("<u2").tobytes()
+        ds.file_meta = FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID, ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = ExplicitVRLittleEndian, ds.SOPClassUID, ds.SOPInstanceUID
+        ds.save_as(folder / f"{name}.dcm", enforce_file_format=True)
+        return folder / f"{name}.dcm"
+
+    def picture(name: str, array: np.ndarray) -> Path:
+        Pillow.fromarray(array).save(folder / f"{name}.png")
+        return folder / f"{name}.png"
+
+    wide = grey.astype(np.uint16) * 16  # 12 bits
+    files = {
+        "8-bit PNG": picture("grey", grey), "16-bit PNG": picture("deep", grey.astype(np.uint16) * 257),
+        "DICOM, 12 bits": dicom("dx", wide, "MONOCHROME2", 12, (2040, 4080)), "MONOCHROME1": dicom("inverted", 4080 - wide, "MONOCHROME1", 12, (2040, 4080)),
+        "another window": dicom("window", wide, "MONOCHROME2", 12, (2040, 4800)),
+    }  # fmt: skip
+    for name, file in files.items():
+        yield name, medvlm.read(file, modality="xray").images[0]
+    large = np.asarray(Pillow.fromarray(grey).resize((grey.shape[1] * 2, grey.shape[0] * 2), Pillow.Resampling.BICUBIC))
+    yield "twice as large", medvlm.read(picture("large", large), modality="xray").images[0]
+
+
+def scans(volume: Volume) -> Iterator[tuple[str, Volume]]:
+    yield "turned", volume.reorient("LAS")
+    yield "flipped", volume.reorient("IRA" if volume.orientation != "IRA" else "SLP")
+    other = volume.reorient(volume.orientation)
+    other.info = {**volume.info, "windows": [(-600, 1500, "")]}
+    yield "another window", other
+
+
+def forms(model, data: Path, split: str) -> list[dict]:
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, row, image in pictures(data, ("xray_covid", "dicom_series"), split):
+            if row["modality"] not in ("xray", "ct") or image.unit not in ("uint8", "HU"):
+                continue
+            targets = ("right lung", "left lung", "heart and mediastinum") if row["modality"] == "xray" else ("body", "bone", "liver")
+            first = {t: model.segment(study(image), t).mask for t in targets}
+            answers = {q: model.ask(study(image), q).text for q in QUESTIONS}
+            for form, other in films(image, Path(folder)) if isinstance(image, Image) else scans(image):
+                for q, said in answers.items():
+                    found.append({"set": name, "id": row["id"], "form": form, "question": q, "value": float(model.ask(study(other), q).text == said)})
+                for t, mask in first.items():
+                    drawn = model.segment(study(other), t).mask
+                    if isinstance(other, Volume):
+                        from medvlm.imaging.scan import turned
+
+                        drawn = turned(drawn, other.orientation, image.orientation)
+                    elif drawn.shape != mask.shape:
+                        drawn = drawn[::2, ::2]
+                    same = 1.0 if not (drawn.any() or mask.any()) else dice(drawn, mask)
+                    found.append({"set": name, "id": row["id"], "form": form, "target": t, "dice": same, "value": float(same >= 0.97)})
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", default="medvlm-tiny")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--only", nargs="*", default=["kind", "absent", "mirror", "forms"])
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    model = medvlm.load(args.model)
+    args.out.mkdir(parents=True, exist_ok=True)
+    checks = {"kind": (kinds, "modality"), "absent": (absent, "modality"), "mirror": (mirrors, "set"), "forms": (forms, "form")}
+    record, lines = {}, ["| check | slice | right (%) | 95 % interval | n |", "| --- | --- | --- | --- | --- |"]
+    for name in args.only:
+        check, by = checks[name]
+        record[name] = check(model, args.data, args.split)
+        for part in (None, *dict.fromkeys(r[by] for r in record[name])):
+            rows = [r for r in record[name] if part in (None, r[by])]
+            for what in ("question", "target") if name == "forms" else (None,):
+                kept = [r for r in rows if what is None or what in r]
+                if kept:
+                    s = mean_score(name, [r["value"] for r in kept], [f"{r['set']}/{r['id']}" for r in kept])
+                    span = "too few images" if s.low is None else f"{100 * s.low:.1f} to {100 * s.high:.1f}"
+                    shown = " ".join(filter(None, (part or "all", {"question": "(answers)", "target": "(masks, Dice of 0.97)"}.get(what))))
+                    lines.append(f"| {name} | {shown} | {100 * s.value:.1f} | {span} | {len(kept)} |")
+                    print(lines[-1], flush=True)
+    (args.out / "scores.json").write_text(json.dumps(record, indent=1))
+    (args.out / "scores.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

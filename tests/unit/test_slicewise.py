@@ -1,0 +1,110 @@
+"""Volumes read slice by slice by a model of single pictures; what heads answer; reports of other kinds of picture."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from medvlm.datasets.slices import sliced
+from medvlm.errors import MedVLMError
+from medvlm.imaging.scan import Study, Volume, turned
+from medvlm.predictors import survey
+from medvlm.predictors.native import NativeModel
+from medvlm.sample import Region, Sample, Segmentation
+from medvlm.vlm import MedVLM
+
+ABOUT = {"slices": 3, "reads": ["xray", "ct"], "outlined": {"xray": list(tiny.TARGETS), "ct": ["right lung", "left lung"]}}
+
+
+@pytest.fixture(scope="module")
+def model():
+    tokenizer = tiny.tokenizer()
+    config = tiny.config(tokenizer, **ABOUT)
+    config.parts["heads"]["mask"]["args"]["ladder"] = 4
+    torch.manual_seed(0)
+    made = MedVLM(config).eval()
+    with torch.no_grad():
+        made.heads["mask"].dense.weight.mul_(30)  # else random weights draw all or nothing
+        maps = made.heads["mask"].outlines(made.encode({"picture": torch.rand(4, 1, 64, 64)})["picture"])
+        made.heads["mask"].dense.bias -= maps.mean((0, 2, 3))
+        made.heads["mask"].presence[-1].bias += 20
+    return NativeModel(made, tokenizer)
+
+
+def scan(stored="SPL", seed=0):
+    voxels = np.random.default_rng(seed).integers(-800, 400, (1, 11, 40, 48)).astype(np.int16)
+    affine = np.array([[0, 0, 1.0, 0], [0, 1.0, 0, 0], [4.0, 0, 0, 0], [0, 0, 0, 1]])
+    return Volume("ct-1", voxels, affine, "ct", "HU", {"windows": [(40, 400, "")], "warnings": []}).reorient(stored)
+
+
+def slices(volume, count):
+    return [next(iter(one[0].images.values())) for one in sliced([Sample("v", images={volume.id: volume})], count)]
+
+
+def test_a_volume_is_outlined_as_its_slices_are(model):
+    volume = scan()
+    found = model.segment(Study("s", None, (volume,)), "right lung")
+    alone = np.stack([model.segment(Study("s", None, (one,)), "right lung").mask for one in slices(volume, 11)])
+    assert found.mask.shape == (11, 40, 48) and 0.05 < found.mask.mean() < 0.95
+    assert (found.mask == alone).mean() > 0.999  # another batch size, another rounding
+
+
+@pytest.mark.parametrize("stored", ["LAS", "IRP", "PIR"])
+def test_however_it_is_stored_the_outline_lies_at_the_same_place(model, stored):
+    kept = model.segment(Study("s", None, (scan(),)), "left lung").mask
+    other = model.segment(Study("s", None, (scan(stored),)), "left lung").mask
+    assert np.array_equal(turned(other, stored, "SPL"), kept)
+
+
+def test_what_is_in_no_slice_is_absent(model):
+    with torch.no_grad():
+        model.vlm.heads["mask"].shift.fill_(-100)
+        found = model.segment(Study("s", None, (scan(),)), "lungs")
+        model.vlm.heads["mask"].shift.fill_(0)
+    assert found.present < 0.5 and not found.mask.any()
+
+
+def test_questions_about_a_volume_are_asked_of_its_slices(model):
+    volume = scan()
+    answer = model.ask(Study("s", None, (volume,)), "Is there a fracture?")
+    each = [model.ask(Study("s", None, (one,)), "Is there a fracture?").choices["yes"] for one in slices(volume, 3)]
+    assert answer.choices["yes"] == pytest.approx(np.mean(each), abs=1e-5) and answer.probability == max(answer.choices.values())
+
+
+def test_the_heads_answer_what_they_know(model):
+    volume, one = scan(), tiny.picture()
+    chances = model._chances(one)
+    kind = model.ask(Study("s", None, (one,)), "Is this a CT scan?")
+    assert kind.choices["yes"] == pytest.approx(chances["modality:ct"]) and kind.text == ("yes" if chances["modality:ct"] >= 0.5 else "no")
+    assert model.ask(Study("s", None, (one,)), "Is there cardiomegaly?").choices["yes"] == pytest.approx(chances["cardiomegaly"])
+    present = max(model.presence(x, ["right lung"])[0] for x in slices(volume, 6))
+    assert model.ask(Study("s", None, (volume,)), "Is the right lung seen?").choices["yes"] == pytest.approx(present, abs=1e-5)
+    mean = np.mean([model._chances(x)["modality:ct"] for x in slices(volume, 3)])
+    assert model.classify(Study("s", None, (volume,)), ["modality:ct"])["modality:ct"] == pytest.approx(mean, abs=1e-5)
+
+
+def test_points_are_set_on_pictures(model):
+    with pytest.raises(MedVLMError) as error:
+        model.segment(Study("s", None, (scan(),)), points=((3, 10, 10),))
+    assert error.value.code == "UNSUPPORTED_VERB"
+
+
+def test_a_report_rests_on_what_was_outlined_and_measured():
+    volume = scan()
+    mask = np.zeros(volume.shape[1:], bool)
+    mask[2:7, 5:15, 10:30] = True
+    drawn = [Segmentation(volume, "liver", mask, 0.97), Segmentation(volume, "left kidney", ~mask & False, 0.1), Segmentation(volume, "spleen", ~mask & False, 0.2)]
+    report = survey.report(volume, "ct", {"part:abdomen": 0.9, "part:head": 0.1, "plane:axial": 1.0}, drawn, lambda kind: [])
+    assert [s.text for s in report.sentences] == ["A CT scan of the abdomen.", "The liver is seen (4 mL).", "No left kidney or spleen is seen."]
+    assert [[report.looked_for[k].label for k in s.findings] for s in report.sentences] == [["abdomen"], ["liver"], ["left kidney", "spleen"]]
+    liver = report.looked_for[1]
+    assert (liver.present, liver.probability, liver.measurements[0].value, liver.measurements[0].unit) == (True, 0.97, pytest.approx(5 * 10 * 20 * 4 / 1000), "mL")
+
+
+def test_cells_are_counted_and_a_photograph_tells_the_side():
+    smear = tiny.picture("slide-1", modality="pathology")
+    cells = {"RBC": [Region("slide-1", "RBC", ((0, 0), (5, 5)), None, p) for p in (0.9, 0.6, 0.2)], "WBC": []}
+    report = survey.report(smear, "pathology", {}, [], cells.get, ("RBC", "WBC"))
+    assert [s.text for s in report.sentences] == ["2 RBC are seen."] and report.looked_for[0].measurements[0].value == 2 and len(report.sentences[0].regions) == 2
+    eye = survey.report(tiny.picture("eye-1", modality="fundus"), "fundus", {"eye:left": 0.8, "eye:right": 0.2}, [], lambda kind: [])
+    assert [s.text for s in eye.sentences] == ["A fundus photograph of the left eye."] and eye.looked_for[0].label == "left eye"
