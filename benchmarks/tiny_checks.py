@@ -29,15 +29,17 @@ from medvlm.imaging.scan import Image, Study, Volume
 from medvlm.recipes.medvlm_tiny import ELSEWHERE
 
 SETS = ("xray_covid", "fundus_chase", "path_bccd", "path_dsb_nuclei", "vol_totalseg", "vol_deeplesion", "dicom_series", "vqa_rad")
+MOST = 20
+"""Pictures of a set that are asked for all that they do not show."""
 LEFT_RIGHT = (("right lung", "left lung"), ("left lung", "right lung"))
 QUESTIONS = ("What kind of image is this?", "Is this a CT scan?", "Is there consolidation?", "Is there cardiomegaly?", "Is there ground-glass opacity?",
              "Is there an endotracheal tube?", "Is there a pleural effusion?", "Is this an image of the chest?")  # fmt: skip
 
 
-def pictures(data: Path, sets, split: str) -> Iterator[tuple[str, dict, Image | Volume]]:
+def pictures(data: Path, sets, split: str, most: int | None = None) -> Iterator[tuple[str, dict, Image | Volume]]:
     for name in sets:
         if (data / name / "manifest.jsonl").is_file():
-            for row in manifest.rows(data / name, split):
+            for row in list(manifest.rows(data / name, split))[:most]:
                 for image in manifest.open_images(row)[:1]:
                     yield name, row, image
                     image.release()
@@ -66,7 +68,7 @@ def kinds(model, data: Path, split: str) -> list[dict]:
 
 def absent(model, data: Path, split: str) -> list[dict]:
     found = []
-    for name, row, image in pictures(data, SETS, split):
+    for name, row, image in pictures(data, SETS, split, MOST):
         for target in ELSEWHERE.get(row["modality"], ()):
             drawn = model.segment(study(image), target)
             found.append({"set": name, "id": row["id"], "modality": row["modality"], "target": target, "present": drawn.present, "value": float(not drawn.mask.any())})

@@ -108,6 +108,15 @@ class MedVLM(PreTrainedModel, GenerationMixin):
             module._is_hf_initialized = True
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *args, **options):
+        """As transformers', and every weight in memory of its own: inside a file's memory some lie where the processor adds up in another order."""
+        made = super().from_pretrained(*args, **options)
+        for held in (*(model := made[0] if isinstance(made, tuple) else made).parameters(), *model.buffers()):
+            if held.device.type == "cpu" and held.data_ptr() % 64:
+                held.data = held.data.clone()
+        return made
+
     def _fits(self, name: str, projector: nn.Module) -> None:
         """A wrong pairing is refused when the model is made, both sides named."""
         if name not in self.encoders:
