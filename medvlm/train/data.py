@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from ..datasets.instruct import known
 from ..errors import ModelError
 from ..language import Batch, Encoded, bins, caption, collate, encode
 from ..preprocess import to_tensor
-from ..sample import SEG, Sample
+from ..sample import SEG, Mask, Sample, Turn
 from ..vlm import MedVLM
 from .augment import Augmentation
 
@@ -108,7 +109,7 @@ def _case(model: MedVLM, tokenizer, row: str, members: Sequence[Sample]) -> Case
         if turn.kind in CAPTIONS and sample.answer:
             case.captions.append(model.encoders["text"].ids(tokenizer, sample.answer) if "text" in model.encoders else caption(tokenizer, sample.answer))
         if model.lm is not None:
-            turn.encoded = encode(tokenizer, sample, counts, limit=max(2048, getattr(model.lm.config, "max_position_embeddings", 0)))
+            turn.encoded = _encoded(tokenizer, sample, counts, max(2048, getattr(model.lm.config, "max_position_embeddings", 0)))
             if len(turn.targets) != marks:
                 raise ModelError(f"sample {sample.id} asks for {marks} masks and has {len(turn.targets)}", "BAD_DATASET", "one mask or region for each <|seg|>")
             case.turns.append(turn)
@@ -119,6 +120,20 @@ def _case(model: MedVLM, tokenizer, row: str, members: Sequence[Sample]) -> Case
     for image in members[0].images.values():
         image.release()
     return case
+
+
+def _encoded(tokenizer, sample: Sample, counts: Mapping[str, int], limit: int) -> Encoded:
+    """:func:`encode`, once for all conversations of the same words about images of the same names and sizes."""
+    try:
+        return _same_words(tokenizer, sample.turns, tuple(counts.items()), tuple(area.image for area in (*sample.masks, *sample.regions)), limit)
+    except ModelError:
+        return encode(tokenizer, sample, counts, limit=limit)  # its error names the sample
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _same_words(tokenizer, turns: tuple[Turn, ...], counts: tuple[tuple[str, int], ...], on: tuple[str, ...], limit: int) -> Encoded:
+    bare = Sample("", turns=turns, masks=tuple(Mask(image, "", np.zeros(0, bool)) for image in on))
+    return encode(tokenizer, bare, dict(counts), limit=limit)
 
 
 def _raster(box, size) -> np.ndarray:

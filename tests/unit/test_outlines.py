@@ -150,3 +150,20 @@ def test_slices_are_shown_as_a_radiologist_reads_them(plane, seen, stored):
     expected = {"axial": voxels[0, 3], "coronal": voxels[0, ::-1, 3], "sagittal": voxels[0, ::-1, :, 4]}[plane]
     assert image.shape[1:] == seen and np.array_equal(image.pixels[0], expected)
     assert facts.plane(facts.case_of(one)) == plane
+
+
+def test_the_same_words_are_encoded_once_and_as_ever():
+    """Conversations that differ in their pictures alone share their tokens; another image name, mask or text does not."""
+    from medvlm.language import encode
+    from medvlm.train import data
+
+    tokenizer = tiny.tokenizer()
+    ask = lambda text, answer="yes": (Turn("user", text), Turn("assistant", answer))  # noqa: E731
+    mask = lambda name: (Mask(name, "x", np.ones((2, 2), bool)),)  # noqa: E731
+    samples = [Sample("a", turns=ask("Is it?")), Sample("b", turns=ask("Is it?")), Sample("c", turns=ask("Is it?", "no")), Sample("d", turns=ask("Is it?"), masks=mask("i"))]
+    data._same_words.cache_clear()
+    found = [data._encoded(tokenizer, s, {"i": 2}, 2048) for s in samples] + [data._encoded(tokenizer, samples[0], {"i": 3}, 2048)]
+    assert found[0] is found[1] and data._same_words.cache_info().misses == 4
+    assert found == [encode(tokenizer, s, {"i": n}) for s, n in (*((s, 2) for s in samples), (samples[0], 3))]
+    with pytest.raises(MedVLMError, match="sample e "):
+        data._encoded(tokenizer, Sample("e", turns=ask("<|image:missing|> Is it?")), {"i": 2}, 2048)
