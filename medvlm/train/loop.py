@@ -29,6 +29,8 @@ from .batches import Batches, loader, seed_everything
 from .corpus import Corpus
 from .data import draw
 
+VAL_CASES = 96
+"""Most cases of a data set that a look at val takes in."""
 GIVE_UP = 20
 """Steps in a row without a finite gradient after which a run ends."""
 
@@ -212,7 +214,11 @@ class _Stage:
         self.sources = {name: sources[name] for name, weight in stage.data.items() if weight > 0 and len(sources[name])}
         if not self.sources:
             raise ModelError(f"stage {stage.name}: none of {', '.join(stage.data)} holds anything to learn from", "BAD_RECIPE", "check --data and the sets' splits")
-        self.val = [c for name in self.sources for c in val[name].all() if c.turns or c.pictures]
+        self.val = []
+        for name in self.sources:
+            cases = [c for c in val[name].all() if c.turns or c.pictures]  # of one image many, where it is cut into windows or slices
+            some = np.random.default_rng(seed).permutation(len(cases))[:VAL_CASES]
+            self.val += [cases[i] for i in sorted(some)]
         np.random.default_rng(seed).shuffle(self.val)  # pairs of one kind only would be hard for a contrastive loss to tell apart
         self.between = next((f for f in found.values() if hasattr(f, "vectors")), None)
         self.start, self.best, self.misses, self.skipped = 0, math.inf, 0, 0

@@ -218,3 +218,21 @@ def test_what_a_mirror_would_make_untrue_has_no_twin(root, tmp_path, capsys):
     tokenizer = tiny.tokenizer()
     corpus.sources(tiny.model(tokenizer), tokenizer, 0)
     assert corpus.no_twin == 8
+
+
+def test_a_look_at_val_takes_some_cases_of_each_set(root, monkeypatch):
+    """Of a set with many, the same some at every look; the loop says how many."""
+    from medvlm.train import loop, objectives
+
+    tokenizer = tiny.tokenizer()
+    model = tiny.model(tokenizer)
+    corpus = Corpus(drawn.RECIPE, root)
+    sources, val = corpus.sources(model, tokenizer, 0), corpus.val(model, tokenizer)
+    stage = drawn.RECIPE.stages[0]
+    look = lambda: loop._Stage(stage, 0, 0, None, model, objectives.find(stage.objective), tokenizer, sources, val, None, None, None).val  # noqa: E731
+    every = look()
+    monkeypatch.setattr(loop, "VAL_CASES", 1)
+    some = look()
+    of = {name: [id(c) for c in val[name].all()] for name in stage.data}
+    assert len(every) == sum(map(len, of.values())) > len(some) == sum(min(1, len(c)) for c in of.values())
+    assert [id(c) for c in some] == [id(c) for c in look()] and {id(c) for c in some} <= {id(c) for c in every}
