@@ -47,7 +47,7 @@ class Case:
     the image's first encoder. on (image id), weak, present, names (index into the mask head's labels, -1 for others): one a
     mask. labels: of the first image, NaN unknown. captions: tokens of texts about it. objects: (n, 2, rank) corners of boxes
     in the input of the first image, kinds (n,) index into the box head's labels; None where nobody marked them all.
-    mirrored: it shows the mirror image, with words and sides exchanged. What is absent has no bytes of its own.
+    mirrored: it shows the mirror image, with words and sides exchanged.
     """
 
     pictures: dict[str, list[tuple[str, Tensor]]]
@@ -67,7 +67,6 @@ class Case:
     def size(self) -> int:
         """Bytes it holds."""
         return sum(t.untyped_storage().nbytes() for t in (*(t for seen in self.pictures.values() for _, t in seen), *self.masks))
-
 
     def named(self) -> dict[int, int]:
         """{label of the mask head: mask} of the first image, the first mask of each."""

@@ -144,7 +144,7 @@ def _train(recipe, data, out, resume, seed, device, precision, save_minutes, wor
 
 
 def fast_bf16(device: str | None = None) -> bool:
-    """Whether bf16 is a gain: GPUs that know it, and processors with instructions for it; others emulate it, ten times slower than float32."""
+    """Whether bf16 is a gain: GPUs that know it, and processors with instructions for it; others emulate it, much slower than float32."""
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
