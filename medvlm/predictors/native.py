@@ -275,7 +275,7 @@ class NativeModel(Model):
 
     @torch.no_grad()
     def _boxed(self, picture: Image | Volume, label: str) -> list[Region]:
-        """Every object of this label in a picture, the surest first; none where the picture is of another kind than those it was learnt from."""
+        """Every object of this label in a picture, the surest first; none in a volume."""
         if isinstance(picture, Volume):
             return []
         name, features, _, frame = self._look(picture)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from ..datasets import facts, sentences
+from ..datasets.shapes import listed
 from ..imaging.scan import Image, Volume
 from ..sample import Finding, Measurement, Region, Report, Segmentation, Sentence
 
@@ -47,7 +48,7 @@ def report(picture: Image | Volume, modality: str, chances: Mapping[str, float],
             found.append(Finding(kind, True, boxes[0].probability, tuple(boxes), (Measurement("count", len(boxes), "1"),)))
             said.append(Sentence(f"{len(boxes)} {kind} {'are' if len(boxes) > 1 else 'is'} seen.", tuple(boxes), "findings", (len(found) - 1,)))
     if missing:
-        said.append(Sentence(f"No {_listed([found[k].label for k in missing])} {'are' if sentences.many(found[missing[-1]].label) else 'is'} seen.", (), "findings", tuple(missing)))
+        said.append(Sentence(f"No {listed([found[k].label for k in missing], 'or')} {'are' if sentences.many(found[missing[-1]].label) else 'is'} seen.", (), "findings", tuple(missing)))
     return Report(tuple(said), tuple(found))
 
 
@@ -77,7 +78,3 @@ def _whole(name: str, told: Mapping[str, str]) -> str:
     kind = f"{plane}{name.partition(' ')[2]}"
     of = f" of the {told['part']}" if "part" in told else f" of the {told['eye']} eye" if "eye" in told else ""
     return f"{'An' if kind[0] in 'aeiouAEIOU' or kind.startswith('MR') else 'A'} {kind}{of}."
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))

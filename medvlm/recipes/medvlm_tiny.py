@@ -112,12 +112,13 @@ def samples(group: list[Sample], name: str, split: str) -> Iterator[Sample]:
             for one in sliced(whole, count, plane):
                 yield from _conversations(one, complete)
     else:
-        yield from _conversations(group)
+        talks = list(_conversations(group))
+        yield from talks
         if split == "train" and (part == "outlined" or name == "fundus_chase"):  # few pictures, of which sides are learnt
-            yield from _mirrored(_conversations(group))
+            yield from _mirrored(talks)
 
 
-def _mirrored(talks: Iterator[Sample]) -> Iterator[Sample]:
+def _mirrored(talks: list[Sample]) -> Iterator[Sample]:
     """The twins of what stays true in a mirror, as another picture."""
     for s in talks:
         try:
