@@ -30,6 +30,10 @@ BLOCK = {2: 1024, 3: 128}
 STRIP = 1 << 22
 """Most pixels of the scan's own grid that one map is written to at once."""
 MOST_TILES = 1 << 16
+BLACK = 0.05
+"""What is no brighter in any channel is the surround of a picture: padding, a collimator's shadow, what lies outside a camera's view."""
+FLAT = 0.02
+"""Least deviation that is made larger: of what varies less, it would be noise."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class InputSpec:
         windows: (centre, width) pairs in ``unit``, one a channel; () takes the values as they are (display / 255). With unit
             "display" they are in HU, for the images that are, and others look as a viewer shows them.
         mean, std: per channel, after windowing to [0, 1].
+        standardise: display values are made alike from picture to picture, see :func:`standardised`; what is seen through
+            ``windows`` keeps its values.
     """
 
     size: tuple[int, ...]
@@ -53,6 +59,7 @@ class InputSpec:
     windows: tuple[tuple[float, float], ...] = ()
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    standardise: bool = False
 
 
 @dataclass(frozen=True)
@@ -336,6 +343,8 @@ def inputs(image: Image | Volume, spec: InputSpec, places: Iterable[Frame]) -> I
         tensor = fit(array, place, values)
         if spec.channels < channels:
             tensor = torch.tensordot(torch.tensor([0.299, 0.587, 0.114]), tensor, ([0], [0]))[None]
+        if spec.standardise and not windows:
+            tensor = standardised(tensor)
         yield tensor.repeat(spec.channels // len(tensor), *[1] * (tensor.ndim - 1))
 
 
@@ -400,6 +409,19 @@ def blend(tiled: Tiles, maps: Iterable[Tensor]) -> Tensor:
         total[(slice(None), *at)] += each * share
         weight[at] += share
     return total / weight
+
+
+def standardised(tensor: Tensor) -> Tensor:
+    """(C, *size) in [0, 1] -> each channel shifted and scaled so that what is not black has mean 0.5 and deviation 0.25, cut to [0, 1].
+
+    Vessels that differ from the retina by a few grey values, or a film in another window, come out alike. Black stays 0.
+    """
+    shown = tensor.amax(0) > BLACK
+    if not shown.any():
+        return torch.zeros_like(tensor)
+    values = tensor[:, shown]
+    mean, deviation = (v.reshape(-1, *[1] * shown.ndim) for v in (values.mean(1), values.std(1, correction=0).clamp(min=FLAT)))
+    return (0.5 + 0.25 * (tensor - mean) / deviation).clamp(0, 1) * shown
 
 
 def normalise(tensor: Tensor, spec: InputSpec) -> Tensor:

@@ -139,7 +139,7 @@ class TransformersEncoder(ImageEncoder):
 def build(
     library: str = "timm", model: str | Mapping | None = None, size: tuple[int, int] | None = None, channels: int | None = None,
     mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None, feature_layer: int = -1, weights: str | None = None,
-    windows: tuple[tuple[float, float], ...] = (),
+    windows: tuple[tuple[float, float], ...] = (), standardise: bool = False,
 ) -> ImageEncoder:  # fmt: skip
     """An image tower as an encoder.
 
@@ -160,6 +160,7 @@ def build(
             Weights on the grid of another size are interpolated.
         windows: (centre, width) in HU, one a channel, through which CT in HU is seen; other images, and CT without them, as
             a viewer shows them.
+        standardise: what a viewer would show is made alike from picture to picture (:func:`medvlm.preprocess.standardised`).
 
     Raises:
         ModelError: NO_SUCH_PART for a library or model that is not there, BAD_CHECKPOINT for weights that cannot be read,
@@ -168,7 +169,7 @@ def build(
     makers = {"timm": _timm, "open_clip": _open_clip, "transformers": _transformers}
     if library not in makers:
         raise ModelError(f"there is no library {library!r:.40}; there are: {', '.join(makers)}", "NO_SUCH_PART", "")
-    given = {"size": None if size is None else tuple(size), "channels": channels, "mean": mean, "std": std, "windows": windows}
+    given = {"size": None if size is None else tuple(size), "channels": channels, "mean": mean, "std": std, "windows": windows, "standardise": standardise}
     encoder, made = makers[library](model, given, feature_layer, weights)
     encoder.grid()  # refuses a size that is no multiple of the stride
     spec = encoder.spec
@@ -178,7 +179,7 @@ def build(
         raise ModelError(f"{len(spec.windows)} windows for {spec.channels} channels", "BAD_RECIPE", "give one a channel")
     if weights is not None:
         encoder.arguments = {"library": library, "model": made, "size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std,
-                             "feature_layer": feature_layer, "windows": spec.windows}  # fmt: skip
+                             "feature_layer": feature_layer, "windows": spec.windows, "standardise": spec.standardise}  # fmt: skip
     return encoder
 
 
@@ -188,7 +189,7 @@ def _spec(given: Mapping, channels: int, size: tuple[int, int], published: tuple
     if len(mean) == 3 and channels == 1:
         mean, std = (sum(mean) / 3,), (sum(std) / 3,)
     return InputSpec(given["size"] or tuple(size), channels, mean=tuple(given["mean"] or mean), std=tuple(given["std"] or std),
-                     windows=tuple(map(tuple, given["windows"])))  # fmt: skip
+                     windows=tuple(map(tuple, given["windows"])), standardise=given["standardise"])  # fmt: skip
 
 
 def _timm(model: str | Mapping | None, given: Mapping, feature_layer: int, weights: str | None, state: Mapping | None = None, published: tuple | None = None):

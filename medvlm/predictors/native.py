@@ -263,7 +263,7 @@ class NativeModel(Model):
 
     def ground(self, study, phrase, image=None) -> list[Region]:
         if (label := self._object(phrase)) is not None:
-            return self._boxed(self._readable(study, image), label)
+            return [r for r in self._boxed(self._readable(study, image)) if r.label == label]
         found = self.segment(study, phrase, image=image)
         return [Region(found.image.id, found.label, box_of(part), part, found.present) for part in _parts(found.mask)]
 
@@ -274,17 +274,18 @@ class NativeModel(Model):
         return next((n for n in head.labels if n.lower() == plain), None) if head is not None and head.dense is not None else None
 
     @torch.no_grad()
-    def _boxed(self, picture: Image | Volume, label: str) -> list[Region]:
-        """Every object of this label in a picture, the surest first; none in a volume."""
-        if isinstance(picture, Volume):
+    def _boxed(self, picture: Image | Volume) -> list[Region]:
+        """Every object in a picture that the box head knows, the surest first; none in a volume, or in a kind of picture that ``about["boxed"]`` leaves out."""
+        kinds = self.vlm.config.about.get("boxed")
+        if isinstance(picture, Volume) or kinds is not None and self._kind(picture) not in kinds:
             return []
         name, features, _, frame = self._look(picture)
         head, (high, wide) = self.vlm.head("box", name), picture.shape[1:]
         found = []
         for one in head.detect(head(features[name]), FOUND)[0]:
             lower, upper = frame.box_to_image(np.asarray(one.box)).clip(0, (high, wide)).tolist()
-            if head.labels[one.label] == label and upper[0] > lower[0] and upper[1] > lower[1]:
-                found.append(Region(picture.id, label, (tuple(lower), tuple(upper)), None, one.score))
+            if upper[0] > lower[0] and upper[1] > lower[1]:
+                found.append(Region(picture.id, head.labels[one.label], (tuple(lower), tuple(upper)), None, one.score))
         return found
 
     @torch.no_grad()
@@ -398,9 +399,8 @@ class NativeModel(Model):
         chances = self._chances(picture)
         outlined, kind = self.vlm.config.about.get("outlined", {}), self._kind(picture)
         if outlined and kind != "xray":
-            cells = self.vlm.head("box", self.vlm.route(picture.modality)[0]) if kind == "pathology" else None
             drawn = self._outline(picture, outlined.get(kind, ())) if outlined.get(kind) else []
-            return survey.report(picture, kind, chances, drawn, lambda label: self._boxed(picture, label), cells.labels if cells is not None else ())
+            return survey.report(picture, kind, chances, drawn, self._boxed(picture) if kind in self.vlm.config.about.get("boxed", ()) else ())
         outlines = {s.label: s for s in self._outline(picture, outlined.get("xray", self.targets))}
         looked_for = [self._finding(label, chances[label], outlines, picture) for label in self.findings]
         prompts, meanings = [], []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,14 +17,13 @@ COUNTED = 0.3
 """An object counts from this score on."""
 
 
-def report(picture: Image | Volume, modality: str, chances: Mapping[str, float], drawn: Sequence[Segmentation], objects: Callable[[str], list[Region]],
-           kinds: Sequence[str] = ()) -> Report:  # fmt: skip
+def report(picture: Image | Volume, modality: str, chances: Mapping[str, float], drawn: Sequence[Segmentation], objects: Sequence[Region] = ()) -> Report:
     """The report of one picture.
 
     Args:
         modality: of the picture, or what it looks like. chances: the classifier's, {"part:chest": p, ...}.
         drawn: the outline of each structure that is looked for in this kind of picture, empty where it is not seen.
-        objects: label -> its boxes. kinds: of objects that may be in such a picture.
+        objects: boxes, the surest first.
     """
     found: list[Finding] = []
     said: list[Sentence] = []
@@ -42,11 +41,10 @@ def report(picture: Image | Volume, modality: str, chances: Mapping[str, float],
             said.append(Sentence(f"The {s.label} {'are' if sentences.many(s.label) else 'is'} seen{size}.", (s.region,), "findings", (len(found) - 1,)))
         else:
             missing.append(len(found) - 1)
-    for kind in kinds:
-        boxes = [r for r in objects(kind) if r.probability >= COUNTED]
-        if boxes:
-            found.append(Finding(kind, True, boxes[0].probability, tuple(boxes), (Measurement("count", len(boxes), "1"),)))
-            said.append(Sentence(f"{len(boxes)} {kind} {'are' if len(boxes) > 1 else 'is'} seen.", tuple(boxes), "findings", (len(found) - 1,)))
+    for kind in dict.fromkeys(r.label for r in objects if r.probability >= COUNTED):
+        boxes = tuple(r for r in objects if r.label == kind and r.probability >= COUNTED)
+        found.append(Finding(kind, True, boxes[0].probability, boxes, (Measurement("count", len(boxes), "1"),)))
+        said.append(Sentence(f"{len(boxes)} {kind} {'are' if len(boxes) > 1 else 'is'} seen.", boxes, "findings", (len(found) - 1,)))
     if missing:
         said.append(Sentence(f"No {listed([found[k].label for k in missing], 'or')} {'are' if sentences.many(found[missing[-1]].label) else 'is'} seen.", (), "findings", tuple(missing)))
     return Report(tuple(said), tuple(found))

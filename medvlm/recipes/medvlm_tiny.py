@@ -60,7 +60,7 @@ KINDS = ("segment", "asked", "finding", "describe", "modality", "view", "plane",
 BONES = re.compile(r"^(vertebra|rib|sternum|hip|sacrum|femur|humerus|scapula|clavicula|skull|mandible)")
 
 
-def model(tokenizer, size: int = 256, backbone: str = "mobilenetv4_conv_small", dim: int = 192, layers: int = 4, embed: int = 128, ladder: int = 16) -> MedVLMConfig:
+def model(tokenizer, size: int = 256, backbone: str = "regnetx_004", dim: int = 192, layers: int = 4, embed: int = 128, ladder: int = 32) -> MedVLMConfig:
     """The configuration; size: side of the input in pixels, dim and layers: of the language model, embed: of the space that
     pictures and captions share, ladder: channels of the map that outlines are read off."""
     info = timm.create_model(backbone, features_only=True).feature_info
@@ -70,7 +70,7 @@ def model(tokenizer, size: int = 256, backbone: str = "mobilenetv4_conv_small", 
     return towers.config(
         tokenizer,
         {
-            "encoders": {"picture": {"file": "image", "args": {"model": backbone, "size": square, "channels": 3, "windows": [[-600.0, 1500.0], [40.0, 400.0], [400.0, 1800.0]]}},
+            "encoders": {"picture": {"file": "image", "args": {"model": backbone, "size": square, "channels": 3, "windows": [[-600.0, 1500.0], [40.0, 400.0], [400.0, 1800.0]], "standardise": True}},
                          "text": towers.text(tokenizer, None, dim, 2)},
             "projectors": {"picture": {"file": "mlp", "args": {"dim": dims[-1], "lm_dim": dim}}},
             "heads": {
@@ -84,7 +84,7 @@ def model(tokenizer, size: int = 256, backbone: str = "mobilenetv4_conv_small", 
         {
             "name": "medvlm-tiny", "version": "0.2.0", "routes": {"*": "picture"}, "reads": [*GROUPS["modality"], "ct_or_mr"],
             "targets": list(TARGETS), "findings": list(REPORTED), "outlined": {m: list(t) for m, t in OUTLINED.items()}, "zoom": ZOOM, "scale": SCALE,
-            "slices": 4,
+            "boxed": ["pathology"], "slices": 4,
         },
     )  # fmt: skip
 

@@ -96,6 +96,8 @@ def _train(recipe, data, out, resume, seed, device, precision, save_minutes, wor
             tokenizer.save_pretrained(out / "tokenizer")
     torch.manual_seed(seed)
     model = MedVLM(recipe.model(tokenizer, **recipe.args))
+    if not shard:
+        channels_last(model)
     optim.check(model, recipe.stages)
     if any(stage.pack for stage in recipe.stages) and not share_rows(model.lm):
         raise ModelError("conversations that share a row would leak into each other in this language model", "BAD_RECIPE", "leave pack out of the stages")
@@ -150,6 +152,13 @@ def fast_bf16(device: str | None = None) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def channels_last(model: nn.Module) -> None:
+    """Kernels of 2-D convolutions laid out with their channels last: in bf16 on processors several times as fast, with the same values."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
 def _counted(recipe, sources):
     """The recipe with the steps that its epochs come to."""
     stages = []
@@ -168,7 +177,7 @@ def save_model(model: MedVLM, tokenizer, folder: Path, dtype: torch.dtype = torc
 
     model = copy.deepcopy(model)
     for parameter in model.parameters():  # buffers (rotary frequencies, running variances) need their full precision
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(dtype).contiguous()
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     model.save_pretrained(fresh)

@@ -1,5 +1,6 @@
 """From a scan to an encoder's input and back: proportions, padding, sides, windows, windows over large scans."""
 
+import dataclasses
 from itertools import permutations, product
 from pathlib import Path
 
@@ -119,6 +120,30 @@ def test_colour_and_grey_are_made_what_the_encoder_takes():
     tensor, _ = to_tensor(image(8, 8), InputSpec((8, 8), 3))
     assert tensor.shape == (3, 8, 8)
     torch.testing.assert_close(normalise(torch.full((1, 2, 2, 2), 0.5), InputSpec((2, 2), 2, mean=(0.5, 0.25), std=(1, 0.5)))[0, :, 0, 0], torch.tensor([0.0, 0.5]))
+
+
+def test_what_is_standardised_looks_alike_in_any_window_and_black_stays_black():
+    lot = np.random.default_rng(0)
+    pixels = np.zeros((1, 40, 40), np.uint8)
+    pixels[0, 10:, :] = lot.integers(60, 120, (30, 40))
+    spec = InputSpec((40, 40), standardise=True)
+    seen, _ = to_tensor(Image("a", pixels, None, "xray", "uint8"), spec)
+    shown = seen[0, 10:]
+    assert (seen[0, :10] == 0).all()
+    assert abs(float(shown.mean()) - 0.5) < 1e-3 and abs(float(shown.std(correction=0)) - 0.25) < 1e-3
+    other = pixels.copy()
+    other[0, 10:] += pixels[0, 10:] - 40  # twice the contrast, darker
+    torch.testing.assert_close(to_tensor(Image("a", other, None, "xray", "uint8"), spec)[0], seen, atol=2e-3, rtol=0)
+
+
+def test_what_is_flat_is_not_made_into_noise_and_windows_keep_their_values():
+    spec = InputSpec((8, 8), 3, windows=((40, 400), (-600, 1500), (400, 1800)), standardise=True)
+    flat = np.full((1, 8, 8), 100, np.uint8)
+    flat[0, 0, 0] = 101
+    assert float(to_tensor(Image("a", flat, None, "xray", "uint8"), spec)[0].std()) < 0.01
+    hu = Image("a", np.linspace(-1000, 1000, 64).reshape(1, 8, 8), None, "ct", "HU")
+    torch.testing.assert_close(to_tensor(hu, spec)[0], to_tensor(hu, dataclasses.replace(spec, standardise=False))[0])
+    assert (to_tensor(Image("a", np.zeros((1, 8, 8), np.uint8), None, "xray", "uint8"), spec)[0] == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_a_report_rests_on_what_was_outlined_and_measured():
     mask = np.zeros(volume.shape[1:], bool)
     mask[2:7, 5:15, 10:30] = True
     drawn = [Segmentation(volume, "liver", mask, 0.97), Segmentation(volume, "left kidney", ~mask & False, 0.1), Segmentation(volume, "spleen", ~mask & False, 0.2)]
-    report = survey.report(volume, "ct", {"part:abdomen": 0.9, "part:head": 0.1, "plane:axial": 1.0}, drawn, lambda kind: [])
+    report = survey.report(volume, "ct", {"part:abdomen": 0.9, "part:head": 0.1, "plane:axial": 1.0}, drawn)
     assert [s.text for s in report.sentences] == ["A CT scan of the abdomen.", "The liver is seen (4 mL).", "No left kidney or spleen is seen."]
     assert [[report.looked_for[k].label for k in s.findings] for s in report.sentences] == [["abdomen"], ["liver"], ["left kidney", "spleen"]]
     liver = report.looked_for[1]
@@ -103,8 +103,8 @@ def test_a_report_rests_on_what_was_outlined_and_measured():
 
 def test_cells_are_counted_and_a_photograph_tells_the_side():
     smear = tiny.picture("slide-1", modality="pathology")
-    cells = {"RBC": [Region("slide-1", "RBC", ((0, 0), (5, 5)), None, p) for p in (0.9, 0.6, 0.2)], "WBC": []}
-    report = survey.report(smear, "pathology", {}, [], cells.get, ("RBC", "WBC"))
+    cells = [Region("slide-1", label, ((0, 0), (5, 5)), None, p) for label, p in (("RBC", 0.9), ("RBC", 0.6), ("RBC", 0.2), ("WBC", 0.1))]
+    report = survey.report(smear, "pathology", {}, [], cells)
     assert [s.text for s in report.sentences] == ["2 RBC are seen."] and report.looked_for[0].measurements[0].value == 2 and len(report.sentences[0].regions) == 2
-    eye = survey.report(tiny.picture("eye-1", modality="fundus"), "fundus", {"eye:left": 0.8, "eye:right": 0.2}, [], lambda kind: [])
+    eye = survey.report(tiny.picture("eye-1", modality="fundus"), "fundus", {"eye:left": 0.8, "eye:right": 0.2}, [])
     assert [s.text for s in eye.sentences] == ["A fundus photograph of the left eye."] and eye.looked_for[0].label == "left eye"
