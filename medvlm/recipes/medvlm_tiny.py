@@ -274,8 +274,8 @@ RECIPE = Recipe(
     samples=samples,
     tokenizer=towers.vocabulary,
     stages=(
-        Stage("see", "outline+classify+box", SEEING, OUTLINES, lr=2e-3, steps=1500, batch=16, turns=0, augment=1.3, warmup=150, every=500),
-        Stage("speak", "lm+mask", SPEAKING, ANSWERS, lr=1e-3, steps=450, batch=12, turns=4, augment=0.8, warmup=50, every=225,
+        Stage("see", "outline+classify+box", SEEING, OUTLINES, lr=2e-3, steps=2400, batch=16, turns=0, augment=1.3, warmup=150, every=600),
+        Stage("speak", "lm+mask", SPEAKING, ANSWERS, lr=1e-3, steps=500, batch=12, turns=4, augment=0.8, warmup=50, every=250,
               kinds={"segment": 4.0, "asked": 3.0, "finding": 1.5, "describe": 0.7, "modality": 0.7, "view": 0.7, "plane": 0.5, "organ": 0.7, "abnormal": 0.5,
                      "count": 0.3, "facts": 0.3, "text": 1.0}),
         Stage("match", "clip", {"encoders.text.*": 1.0, "heads.contrast.*": 1.0}, {k: v for k, v in OUTLINES.items() if "/" not in k}, lr=1e-3, steps=120,
