@@ -5,6 +5,10 @@
 - kind: every picture and volume of the split is shown without its header's modality, and the model names it.
 - absent: each picture is asked for targets that no picture of its kind shows; an empty mask is right.
 - mirror: a mirrored photograph of the eye is of the other eye; the left lung of a mirrored chest is the mirrored right one.
+- names: each picture's vector lies nearest to that of "a chest X-ray", "a CT scan", ... that names its kind.
+- border: AUROC of the findings of xray_covid as the films are, and with the outer tenth of each side and all that is burned in black.
+- calibration: findings of xray_covid and yes/no questions of it and VQA-RAD: ECE in ten bins of as many items each, beside the 95 % range
+  of answers that were drawn by those very probabilities; AUGRC with and without the fitted scales.
 - forms: a chest X-ray as it is, as 8-bit and 16-bit PNG, as DICOM in 12 bits, as MONOCHROME1, twice as large, and in a wider
   window; a CT slab turned, flipped and with another window. Answers are compared with those to the first, masks by Dice.
 
@@ -22,8 +26,10 @@ from PIL import Image as Pillow
 
 import medvlm
 from medvlm.datasets import manifest
+from medvlm.datasets.facts import ANNOTATED, MODALITY_NAMES, case_of, stated
 from medvlm.evaluate.segment import dice
-from medvlm.evaluate.statistics import mean_score
+from medvlm.evaluate.statistics import auroc_score, mean_score
+from medvlm.evaluate.trust import augrc, ece
 from medvlm.imaging import window
 from medvlm.imaging.scan import Image, Study, Volume
 from medvlm.recipes.medvlm_tiny import ELSEWHERE
@@ -88,6 +94,78 @@ def mirrors(model, data: Path, split: str) -> list[dict]:
             same = dice(plain[:, ::-1], mirrored)
             found.append({"set": name, "id": row["id"], "target": one, "dice": same, "value": float(same >= 0.8)})
     return found
+
+
+def names(model, data: Path, split: str) -> list[dict]:
+    kinds = list(ELSEWHERE)
+    texts = np.stack([model.embed(MODALITY_NAMES[k]) for k in kinds])
+    found = []
+    for name, row, image in pictures(data, SETS, split):
+        if row["modality"] in kinds:
+            said = kinds[int((texts @ model.embed(study(image))).argmax())]
+            found.append({"set": name, "id": row["id"], "modality": row["modality"], "said": said, "value": float(said == row["modality"])})
+    return found
+
+
+def bare(image: Image) -> Image:
+    """Without what stands at the border and what is burned in: as bright as anything, and small."""
+    from scipy.ndimage import binary_dilation, label
+
+    array, (high, wide) = image.pixels.copy(), image.shape[1:]
+    bright, _ = label(array.max(0) >= np.percentile(array, 99.5))
+    small = np.bincount(bright.ravel()) < 0.002 * high * wide
+    array[:, binary_dilation(small[bright] & (bright > 0), iterations=3)] = 0
+    array[:, : high // 10], array[:, -(high // 10) :], array[:, :, : wide // 10], array[:, :, -(wide // 10) :] = 0, 0, 0, 0
+    return like(image, array)
+
+
+def findings(model, data: Path, split: str, change=None) -> list[dict]:
+    """The chance and the truth of each finding that is known of a film."""
+    found = []
+    for name, row, image in pictures(data, ("xray_covid",), split):
+        truth = stated(case_of(list(manifest.row_samples(row))), ANNOTATED)
+        chances = model._chances(image if change is None else change(image))
+        found += [{"set": name, "id": row["id"], "patient": row["patient"], "finding": f, "p": chances[f], "y": truth[f]} for f in model.findings if np.isfinite(truth.get(f, np.nan))]
+    return found
+
+
+def border(model, data: Path, split: str) -> list[str]:
+    lines = []
+    for shown, change in (("as they are", None), ("borders and burned-in text black", bare)):
+        rows = findings(model, data, split, change)
+        for finding in (None, *model.findings):
+            kept = [r for r in rows if finding in (None, r["finding"])]
+            if 0 < sum(r["y"] for r in kept) < len(kept):
+                s = auroc_score("AUROC", [r["p"] for r in kept], [r["y"] for r in kept], [r["patient"] for r in kept])
+                span = "too few patients" if s.low is None else f"{s.low:.3f} to {s.high:.3f}"
+                lines.append(f"| border | {finding or 'all findings together'}, {shown} ({sum(r['y'] for r in kept):g} of {len(kept)}) | {s.value:.3f} | {span} | {len(kept)} |")
+    return lines
+
+
+def calibration(model, data: Path, split: str) -> list[str]:
+    asked = {n: [s for row in manifest.rows(data / n, split) for s in manifest.row_samples(row) if s.turns and s.images and s.choices == ("yes", "no")] for n in ("xray_covid", "vqa_rad")}
+
+    def told() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        rows = findings(model, data, split)
+        found = {"findings": ([r["p"] for r in rows], [r["y"] for r in rows])}
+        for name, samples in asked.items():
+            pairs = [(p.choices["yes"], s.answer.strip().lower() == "yes") for s, p in zip(samples, model.predict(samples)) if p.error is None and p.choices]
+            found[f"yes/no questions, {name}"] = tuple(zip(*pairs))
+        return {k: (np.array(p, float), np.array(y, float)) for k, (p, y) in found.items()}
+
+    fitted, head, about = told(), model.vlm.heads["classify"], model.vlm.config.about
+    kept = head.scale.clone(), head.shift.clone(), about["calibration"]
+    head.scale.fill_(1), head.shift.fill_(0)
+    about["calibration"] = {"yes_no": [1.0, 0.0]}
+    plain = told()
+    head.scale.copy_(kept[0]), head.shift.copy_(kept[1])
+    about["calibration"] = kept[2]
+    lot, lines = np.random.default_rng(0), []
+    for name, (p, y) in fitted.items():
+        perfect = np.percentile([ece(p, lot.random(len(p)) < p, 10, True) for _ in range(1000)], [2.5, 97.5])
+        risk = [augrc(np.maximum(q, 1 - q), (q >= 0.5) == (y == 1)) for q in (plain[name][0], p)]
+        lines.append(f"| calibration | {name}: ECE; AUGRC {risk[0]:.3f} before, {risk[1]:.3f} after | {ece(p, y, 10, True):.3f} | by chance {perfect[0]:.3f} to {perfect[1]:.3f} | {len(p)} |")
+    return lines
 
 
 def films(image: Image, folder: Path) -> Iterator[tuple[str, Image | Volume]]:
@@ -167,14 +245,19 @@ def main():
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="medvlm-tiny")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--only", nargs="*", default=["kind", "absent", "mirror", "forms"])
+    parser.add_argument("--only", nargs="*", default=["kind", "names", "absent", "mirror", "border", "calibration", "forms"])
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     model = medvlm.load(args.model)
     args.out.mkdir(parents=True, exist_ok=True)
-    checks = {"kind": (kinds, "modality"), "absent": (absent, "modality"), "mirror": (mirrors, "set"), "forms": (forms, "form")}
-    record, lines = {}, ["| check | slice | right (%) | 95 % interval | n |", "| --- | --- | --- | --- | --- |"]
+    checks = {"kind": (kinds, "modality"), "names": (names, "modality"), "absent": (absent, "modality"), "mirror": (mirrors, "set"), "forms": (forms, "form")}
+    tables = {"border": border, "calibration": calibration}
+    record, lines = {}, ["| check | slice | right (%), or the figure named | 95 % interval | n |", "| --- | --- | --- | --- | --- |"]
     for name in args.only:
+        if name in tables:
+            print(*(made := tables[name](model, args.data, args.split)), sep="\n", flush=True)
+            lines += made
+            continue
         check, by = checks[name]
         record[name] = check(model, args.data, args.split)
         for part in (None, *dict.fromkeys(r[by] for r in record[name])):

@@ -43,6 +43,8 @@ from .sentences import article, word
 
 KINDS = ("modality", "organ", "finding", "abnormality", "position")
 """What is asked after; also ``meta["probe_category"]``."""
+WHOLE = ("modality", "organ")
+"""Pools of questions about the picture as a whole: in these data sets differ, so that twins are found among all of them."""
 _KEPT = ("split", "modality", "organ", "dataset", "labels")
 
 
@@ -57,9 +59,10 @@ class Ask:
 
 
 def build(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
-    """The probes that data without ready pairs give: the balanced ones, then the rest (``meta["balanced"]``). Each data set
-    (``meta["dataset"]``) by itself, whose own vocabulary they are drawn from.
+    """The probes that data without ready pairs give: the balanced ones, then the rest (``meta["balanced"]``).
 
+    Kinds of picture and parts of the body are asked after among all data sets (``meta["dataset"]``); all else within each, whose
+    own vocabulary it is drawn from: a finding that only one set knows would tell the sets apart, not the pictures.
     Reports of chest X-rays are read by :func:`medvlm.evaluate.labeller.label`.
     """
     from ..evaluate.labeller import label
@@ -67,8 +70,9 @@ def build(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
     sets: dict[object, list[Sample]] = defaultdict(list)
     for sample in samples:
         sets[sample.meta.get("dataset")].append(sample)
-    made = [balance(questions(group, KINDS, seed, label=label), seed) for group in sets.values()]
-    return [s for part in zip(*made) for group in part for s in group]
+    among = _shown(cases(samples))
+    asked = [q for group in sets.values() for q in questions(group, KINDS, seed, label=label, among=among)]
+    return [s for group in balance(asked, seed) for s in group]
 
 
 def pairs(samples: Sequence[Sample], kinds: Iterable[str] = KINDS, seed: int = 0, annotated: Iterable[str] = ANNOTATED,
@@ -81,7 +85,7 @@ def pairs(samples: Sequence[Sample], kinds: Iterable[str] = KINDS, seed: int = 0
 
 
 def questions(samples: Sequence[Sample], kinds: Iterable[str] = KINDS, seed: int = 0, annotated: Iterable[str] = ANNOTATED,
-              label: Callable[[str], Mapping[str, float | None]] | None = None) -> list[Sample]:  # fmt: skip
+              label: Callable[[str], Mapping[str, float | None]] | None = None, among: tuple[list[str], list[str]] | None = None) -> list[Sample]:  # fmt: skip
     """Every yes/no question that the data answer about an image, one sample each, not yet in pairs.
 
     Args:
@@ -89,21 +93,27 @@ def questions(samples: Sequence[Sample], kinds: Iterable[str] = KINDS, seed: int
         annotated: names (in the words of :func:`medvlm.datasets.sentences.word`) that were outlined wherever they were: one
             that is outlined on some image is absent from every outlined image where it is not.
         label: reads a report: {finding: 1 present | 0 denied | anything else not known}; without it reports are not used.
+        among: (modalities, parts of the body) that are asked after; by default those of ``samples``.
 
     ``meta``: row, probe_category, adversarial, pool (what may be its twin), and what the samples say of their image.
     """
     found: list[Sample] = []
-    for case, said in _asks(cases(samples), tuple(kinds), frozenset(annotated), label, seed):
+    there = cases(samples)
+    for case, said in _asks(there, among or _shown(there), tuple(kinds), frozenset(annotated), label, seed):
         found += [_probe(case, ask) for ask in said]
     return found
 
 
-def _asks(all_cases: Sequence[Case], kinds: Sequence[str], annotated: frozenset[str], label: Callable[[str], Mapping[str, float | None]] | None,
+def _shown(all_cases: Sequence[Case]) -> tuple[list[str], list[str]]:
+    """(modalities, parts of the body) of these images."""
+    return sorted({c.image.modality for c in all_cases} & MODALITY_NAMES.keys()), sorted({p for p in map(part, all_cases) if p})
+
+
+def _asks(all_cases: Sequence[Case], among: tuple[list[str], list[str]], kinds: Sequence[str], annotated: frozenset[str], label: Callable[[str], Mapping[str, float | None]] | None,
          seed: int) -> Iterator[tuple[Case, list[Ask]]]:  # fmt: skip
     """Each case with its questions, each question once; see :func:`questions`."""
-    modalities = sorted({c.image.modality for c in all_cases} & MODALITY_NAMES.keys())
+    modalities, shown = among
     parts = {c.row: part(c) for c in all_cases}
-    shown = sorted({p for p in parts.values() if p})
     drawn = {n for c in all_cases for n in (*c.outlines, *c.boxes)}
     outlined = sorted({n for c in all_cases for n in c.outlines} & annotated)
     boxed = sorted({n for c in all_cases for n in c.boxes if not structure(n)})
@@ -191,32 +201,33 @@ def balance(samples: Sequence[Sample], seed: int = 0) -> tuple[list[Sample], lis
     two, so these are at most as many as those of two common or two rare findings, of which he gets none: a
     quarter of all pairs at most, which is chance. What cannot be matched goes to the rest.
     A prior that leaves the asked image out does worse than chance on them: the others say the opposite.
+    Twos are of one data set (``meta["dataset"]``), but for the pools of ``WHOLE``.
     """
     asked = [s for s in samples if gold(s)]
-    sides: dict[str, int] = defaultdict(int)
+    sides: dict[tuple, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    table: dict[tuple, dict[str, dict[tuple, Sample]]] = defaultdict(lambda: defaultdict(dict))  # (data set, pool), text, image
     for s in asked:
-        sides[_text(s)] += 1 if gold(s) == "yes" else -1
-    table: dict[object, dict[str, dict[tuple, Sample]]] = defaultdict(lambda: defaultdict(dict))  # pool, text, image
-    for s in asked:
-        table[_pool(s)][_text(s)].setdefault(_place(s), s)
+        within = _within(s)
+        sides[within][_text(s)] += 1 if gold(s) == "yes" else -1
+        table[within][_text(s)].setdefault(_place(s), s)
     kept: list[Sample] = []
     used: set[str] = set()
-    for there in table.pop(None, {}).values():  # without a twin
+    for there in (there for within in [w for w in table if w[1] is None] for there in table.pop(within).values()):  # without a twin
         yes, no = ([s for s in there.values() if gold(s) == answer] for answer in ("yes", "no"))
         for one, other in zip(*(_shuffled(g, _lot(seed, _text(g[0]))) if g else [] for g in (yes, no))):
             kept += [one, other]
     used |= {s.id for s in kept}
     joints = [
-        (sides[f] * sides[g] < 0, min(len(a), len(b)), repr(pool), f, g, a, b)
-        for pool, texts in table.items() for f, g in combinations(sorted(texts), 2)
+        (sides[within][f] * sides[within][g] < 0, min(len(a), len(b)), repr(within[1]), f, g, within, a, b)
+        for within, texts in table.items() for f, g in combinations(sorted(texts), 2)
         for a, b in [_opposed(texts[f], texts[g])] if a and b
     ]  # fmt: skip
     spare = 0  # twos of which the prior gets none, less twos of which it gets one pair
-    for cross, _, pool, f, g, a, b in sorted(joints, key=lambda j: j[:5]):  # those first, and the scarcest first
+    for cross, _, pool, f, g, within, a, b in sorted(joints, key=lambda j: (*j[:5], repr(j[5]))):  # those first, and the scarcest first
         lot = _lot(seed, pool, f, g)
         free = [_shuffled([p for p in group if not {p[0].id, p[1].id} & used], lot) for group in (a, b)]
         count = min(map(len, free)) if not cross else min(*map(len, free), spare)
-        spare += -count if cross else count * (sides[f] * sides[g] > 0)
+        spare += -count if cross else count * (sides[within][f] * sides[within][g] > 0)
         for pair in (*free[0][:count], *free[1][:count]):
             kept += _joined(*pair)
             used |= {s.id for s in pair}
@@ -288,6 +299,12 @@ def _shuffled(items: Sequence, lot: np.random.Generator) -> list:
 def _pool(sample: Sample) -> str | None:
     """What a question's twin is taken from; None where it wants none."""
     return sample.meta["pool"] if "pool" in sample.meta else category(sample) if sample.group else None
+
+
+def _within(sample: Sample) -> tuple[str, str | None]:
+    """Among which questions a twin is looked for: (data set, pool)."""
+    pool = _pool(sample)
+    return "" if pool in WHOLE else str(sample.meta.get("dataset") or ""), pool
 
 
 def _row(sample: Sample) -> str:

@@ -1,6 +1,7 @@
 """Probes made from labels, outlines, boxes and reports: they say what the data say, and balanced they need the image."""
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -256,6 +257,18 @@ def test_single_questions_are_balanced_too():
     samples = [labelled(n, normal=float(n < 3)) for n in range(10)]
     balanced, rest = pairs.balance(pairs.questions(samples, ["abnormality"]))
     assert Counter(s.answer for s in balanced) == {"yes": 3, "no": 3} and len(rest) == 4 and all(s.group is None for s in balanced)
+
+
+def test_kinds_of_picture_are_asked_after_among_all_sets_and_findings_within_each():
+    films = [replace(labelled(n, edema=float(n % 2)), id=f"films/r{n}", meta={"row": f"r{n}", "dataset": "films"}) for n in range(4)]
+    scans = [replace(labelled(n, "ct", edema=float(n % 2 == 0), stones=float(n % 2)), id=f"scans/r{n}", meta={"row": f"r{n}", "dataset": "scans"}) for n in range(4)]
+    alone = [s for s in pairs.build(films) if s.meta["balanced"]]
+    assert not [s for s in alone if s.meta["probe_category"] == "modality"]  # one kind of picture: whoever always says its name is right
+    balanced = [s for s in pairs.build([*films, *scans]) if s.meta["balanced"]]
+    check_twins([replace(s, meta={**s.meta, "row": f"{s.meta['dataset']}/{s.meta['row']}"}) for s in balanced])
+    kinds = [s for s in balanced if s.meta["probe_category"] == "modality"]
+    assert Counter((s.meta["dataset"], s.answer) for s in kinds) == {(d, a): 4 for d in ("films", "scans") for a in ("yes", "no")}
+    assert {s.meta["dataset"] for s in balanced if s.meta["probe_category"] == "finding"} == {"scans"}  # films know one finding, which has no twin there
 
 
 def test_blind_baselines_land_on_chance_on_built_probes():
