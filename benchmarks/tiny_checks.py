@@ -5,7 +5,7 @@
 - kind: every picture and volume of the split is shown without its header's modality, and the model names it.
 - absent: each picture is asked for targets that no picture of its kind shows; an empty mask is right.
 - mirror: a mirrored photograph of the eye is of the other eye; the left lung of a mirrored chest is the mirrored right one.
-- names: each picture's vector lies nearest to that of "a chest X-ray", "a CT scan", ... that names its kind.
+- names: the text of ``NAMES`` that lies nearest to a picture names its kind.
 - border: AUROC of the findings of xray_covid as the films are, and with the outer tenth of each side and all that is burned in black.
 - calibration: findings of xray_covid and yes/no questions of it and VQA-RAD: ECE in ten bins of as many items each, beside the 95 % range
   of answers that were drawn by those very probabilities; AUGRC with and without the fitted scales.
@@ -26,7 +26,7 @@ from PIL import Image as Pillow
 
 import medvlm
 from medvlm.datasets import manifest
-from medvlm.datasets.facts import ANNOTATED, MODALITY_NAMES, case_of, stated
+from medvlm.datasets.facts import ANNOTATED, case_of, stated
 from medvlm.evaluate.segment import dice
 from medvlm.evaluate.statistics import auroc_score, mean_score
 from medvlm.evaluate.trust import augrc, ece
@@ -37,6 +37,12 @@ from medvlm.recipes.medvlm_tiny import ELSEWHERE
 SETS = ("xray_covid", "fundus_chase", "path_bccd", "path_dsb_nuclei", "vol_totalseg", "vol_deeplesion", "dicom_series", "vqa_rad")
 MOST = 20
 """Pictures of a set that are asked for all that they do not show."""
+NAMES = {
+    "xray": ("A chest X-ray.", "An X-ray of the abdomen."), "ct": tuple(f"A CT slice of the {p}." for p in ("head", "chest", "abdomen")),
+    "mr": ("An MR slice of the head.", "An MR slice of the abdomen."), "fundus": ("A fundus photograph of the eye.",),
+    "pathology": ("A microscopy image showing nuclei.", "A microscopy image showing RBC and WBC."),
+}  # fmt: skip
+"""What the captions of train call the kinds of picture."""
 LEFT_RIGHT = (("right lung", "left lung"), ("left lung", "right lung"))
 QUESTIONS = ("What kind of image is this?", "Is this a CT scan?", "Is there consolidation?", "Is there cardiomegaly?", "Is there ground-glass opacity?",
              "Is there an endotracheal tube?", "Is there a pleural effusion?", "Is this an image of the chest?")  # fmt: skip
@@ -97,8 +103,8 @@ def mirrors(model, data: Path, split: str) -> list[dict]:
 
 
 def names(model, data: Path, split: str) -> list[dict]:
-    kinds = list(ELSEWHERE)
-    texts = np.stack([model.embed(MODALITY_NAMES[k]) for k in kinds])
+    kinds = [k for k, texts in NAMES.items() for _ in texts]
+    texts = np.stack([model.embed(t) for group in NAMES.values() for t in group])
     found = []
     for name, row, image in pictures(data, SETS, split):
         if row["modality"] in kinds:

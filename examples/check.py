@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import nibabel
 import numpy as np
 from PIL import Image
 
@@ -21,15 +22,19 @@ def differences(got: Path, expected: Path) -> list[str]:
             found.append(f"{finding['label']}: {chance}, expected {finding['probability']}")
     if [s["text"] for s in a["sentences"]] != [s["text"] for s in b["sentences"]]:
         found.append("the sentences differ")
-    for path in sorted((expected / "masks").glob("*.png")):
+    for path in sorted((expected / "masks").glob("*")):
         if not (got / "masks" / path.name).is_file():
             found.append(f"{path.name} is missing")
             continue
-        x, y = (np.asarray(Image.open(folder / "masks" / path.name)) > 0 for folder in (got, expected))
+        x, y = (_mask(folder / "masks" / path.name) for folder in (got, expected))
         dice = 2 * (x & y).sum() / max(1, x.sum() + y.sum()) if x.shape == y.shape else 0.0
         if dice < 0.99:
             found.append(f"{path.name}: Dice {dice:.3f} with the expected mask")
     return found
+
+
+def _mask(path: Path) -> np.ndarray:
+    return np.asarray(nibabel.load(path).dataobj if path.name.endswith(".nii.gz") else Image.open(path)) > 0
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def _write(study: Study, model: Model, folder: Path, asked: dict[str, Any]) -> d
         said += [{"image": name, "section": s.section, "text": s.text, "findings": [offset + k for k in s.findings]} for s in report.sentences]
         structures += [r.to_json(paths.get(r.label)) for r in _structures(report)]
         drawn = _structures(report) + [r for f in report.looked_for for r in f.regions if r.label == f.label]
-        lines = [(" ".join([s.text, *(f"({chance(report.looked_for[k].probability)})" for k in s.findings)]), [r.label for r in s.regions])
+        lines = [(" ".join([s.text, *(f"({chance(report.looked_for[k].probability)})" for k in s.findings if len(s.findings) == 1)]), [r.label for r in s.regions])
                  for s in report.sentences]  # fmt: skip
         export.save_preview(image, drawn, lines, folder / previews[name], f"{model.name} {model.version}", NOTICE)
     there = {report.looked_for[k].label for _, report in read.values() for s in report.sentences for k in s.findings
@@ -215,9 +215,10 @@ def chance(probability: float | None) -> str:
 
 def _support(record: dict[str, Any], sentence: dict[str, Any]) -> str:
     """What a sentence rests on: the chance of its finding, and where it was outlined or looked for."""
-    parts = []
-    for k in sentence["findings"]:
-        finding = record["findings"][k]
+    parts, found = [], [record["findings"][k] for k in sentence["findings"]]
+    if len(found) > 1 and not any(f["regions"] for f in found):  # a list of what is not there, or of what the picture is as a whole
+        return ", ".join(f"{f['label']} {chance(f['probability']).removeprefix('present ')}" for f in found)
+    for finding in found:
         places = [r["label"] for r in finding["regions"]]
         own = finding["label"] in places
         parts += [chance(finding["probability"]), "outlined" if own else f"looked for in {' and '.join(places)}" if places else "no outline to look in"]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..datasets import sentences
 from ..datasets.facts import MODALITY_NAMES
-from ..datasets.instruct import ASK, MODALITY_WORDS, side_of, word
+from ..datasets.instruct import ASK, MODALITY_WORDS, side_of
 from ..datasets.slices import sliced
 from ..encoders.base import Features
 from ..errors import ModelError
@@ -42,6 +42,8 @@ from .chat import sentences_of
 from .prefix import Tree
 
 PRESENT = 0.5
+ISLAND = 0.25
+"""Of the largest piece; smaller ones are no part of what is of one piece."""
 POSSIBLE = (0.35, 0.65)
 """A finding whose probability lies between these is reported as possible."""
 RECOGNISED = 0.5
@@ -195,10 +197,17 @@ class NativeModel(Model):
 
     def _kind(self, picture: Image | Volume) -> str:
         """The picture's modality, or where nobody says it the one that it looks like."""
-        if picture.modality not in ("unknown", "ct_or_mr") or "outlined" not in self.vlm.config.about:
-            return picture.modality
-        chances = {n.partition(":")[2]: p for n, p in self._chances(picture).items() if n.startswith("modality:")}
-        return max(chances, key=chances.get) if chances else picture.modality
+        kinds = self._kinds(picture)
+        return max(kinds, key=kinds.get)
+
+    def _kinds(self, picture: Image | Volume) -> dict[str, float]:
+        """{modality: chance}: the picture's own, or where nobody says it those that it looks like."""
+        if picture.modality in ("unknown", "ct_or_mr") and "outlined" in self.vlm.config.about:
+            looks = {n.partition(":")[2]: p for n, p in self._chances(picture).items() if n.startswith("modality:")}
+            looks = {k: p for k, p in looks.items() if picture.modality == "unknown" or k in ("ct", "mr")}
+            if total := sum(looks.values()):
+                return {k: p / total for k, p in looks.items()}
+        return {picture.modality: 1.0}
 
     def _sliced(self, picture: Image | Volume) -> bool:
         """Whether this is a volume that the model sees slice by slice."""
@@ -622,7 +631,14 @@ class NativeModel(Model):
             for k, (frame, each) in enumerate(zip(frames, maps)):
                 masks[:, start + k] = frame.masks(each)
         own = [np.ascontiguousarray(turned(m, UPRIGHT, volume.orientation)) for m in masks]
-        return [Segmentation(volume, t, m if c >= PRESENT else np.zeros_like(m), c) for t, m, c in zip(targets, own, chances)]
+        return [Segmentation(volume, t, self._whole(t, m) if c >= PRESENT else np.zeros_like(m), c) for t, m, c in zip(targets, own, chances)]
+
+    def _whole(self, target: str, mask: np.ndarray) -> np.ndarray:
+        """A mask without its islands where the target is of one piece (``about["whole"]``)."""
+        if target not in self.vlm.config.about.get("whole", ()) or not mask.any():
+            return mask
+        largest, *others = _parts(mask)
+        return np.logical_or.reduce([largest, *(p for p in others if p.sum() >= ISLAND * largest.sum())])
 
     def _named(self, images: Mapping[str, Image | Volume], turns: Sequence[Turn], text: str) -> tuple[Region, ...]:
         """What the marks of an answer outline on the first image, each called as the words before it call it; what is absent is left out."""
@@ -637,7 +653,7 @@ class NativeModel(Model):
         prompts, chances = self._prompts_of(images, conversations, targets)
         there = [k for k, c in enumerate(chances) if c >= PRESENT]
         logits, frame = self._draw(picture, prompts, there) if there else ((), None)
-        masks = dict(zip(there, (frame.masks(each[None])[0] for each in logits)))
+        masks = dict(zip(there, (self._whole(targets[k], frame.masks(each[None])[0]) for k, each in zip(there, logits))))
         return [Segmentation(picture, t, masks[k] if k in masks else np.zeros(picture.shape[1:], bool), chances[k]) for k, t in enumerate(targets)]
 
     @torch.no_grad()
@@ -650,7 +666,22 @@ class NativeModel(Model):
         named = torch.tensor([head.labels.index(t) if t in head.labels else -1 for t in targets], device=self.vlm.device)
         prompts = _prompts(len(targets), self.vlm.device, tokens=states, named=named)
         none = torch.zeros(len(targets), dtype=torch.bool, device=self.vlm.device)
-        return prompts, head.probability(head.decode(embedding, replace(prompts, draw=none)).present).tolist()
+        picture = next(iter(images.values()))
+        scale, shift = self.vlm.config.about.get("calibration", {}).get("present", {}).get(self._kind(picture), (1.0, 0.0))
+        present = head.probability(head.decode(embedding, replace(prompts, draw=none)).present * scale + shift).tolist()
+        return prompts, [p * may for p, may in zip(present, self._may_show(picture, targets))]
+
+    def _may_show(self, picture: Image | Volume, targets: Sequence[str]) -> list[float]:
+        """The chance that the picture is of a kind in which each target was learnt (``about["outlined"]``).
+
+        1 for what is not learnt by name, and of a model that does not say what it learnt where.
+        """
+        outlined = self.vlm.config.about.get("outlined", {})
+        named = {t for group in outlined.values() for t in group}
+        if not named.intersection(targets):
+            return [1.0] * len(targets)
+        kinds = self._kinds(picture)
+        return [sum(p for k, p in kinds.items() if t in outlined.get(k, ())) if t in named else 1.0 for t in targets]
 
     def _draw(self, picture: Image | Volume, prompts: Prompts, wanted: Sequence[int]) -> tuple[torch.Tensor, Frame]:
         """(len(wanted), *grid) logits of words, and where their maps lie: from windows where the model looks closer at this
@@ -789,4 +820,4 @@ def _parts(mask: np.ndarray, least: float = 0.02) -> list[np.ndarray]:
 
 def _words(name: str) -> str:
     """A name as it is typed or as a data set writes it ("right_lung"), in this toolkit's words, lower case."""
-    return word(" ".join(name.lower().split())).lower()
+    return sentences.spoken(" ".join(name.lower().split())).lower()

@@ -37,6 +37,8 @@ TARGETS = tuple(dict.fromkeys(t for group in OUTLINED.values() for t in group))
 ELSEWHERE = {"xray": (*CT[4:], "vessels", "nuclei"), "ct": ("vessels", "nuclei"), "mr": ("vessels", "nuclei"),
              "fundus": tuple(t for t in TARGETS if t != "vessels"), "pathology": tuple(t for t in TARGETS if t not in ("nuclei", "vessels"))}  # fmt: skip
 """{modality: what no such picture shows}."""
+WHOLE = ("right lung", "left lung", "heart and mediastinum", "body", "liver", "spleen", "right kidney", "left kidney", "gallbladder", "stomach", "pancreas", "aorta")
+"""What is of one piece: islands that are much smaller than the largest are no part of it."""
 CELLS = ("RBC", "WBC", "platelets")
 FINDINGS = ("COVID-19 pneumonia", "bacterial pneumonia", "pneumonia", "ARDS", "ground-glass opacity", "consolidation",
             "pleural effusion", "pneumothorax", "cardiomegaly", "endotracheal tube", "nasogastric tube",
@@ -53,7 +55,9 @@ shows the eye as large, and pixels of the input for one of the picture."""
 WINDOW = 170
 """Pixels of the training pictures in a window of 256, which is both of these."""
 COMPLETE = 10
-"""A label map with so many names leaves out nothing that it shows."""
+"""A label map with so many names leaves out nothing of ``CT`` that it shows, if it is made, or so many are of ``CT``: some maps are of one aorta's parts."""
+PATIENTS = 5
+"""Of fewer in val no scale is fitted: it would be theirs, not the model's."""
 ABSENT = 4
 """Targets of other kinds of picture that are asked of one."""
 KINDS = ("segment", "asked", "finding", "describe", "modality", "view", "plane", "organ", "abnormal", "count", "facts")
@@ -83,8 +87,8 @@ def model(tokenizer, size: int = 256, backbone: str = "regnetx_004", dim: int = 
         },
         {
             "name": "medvlm-tiny", "version": "0.2.0", "routes": {"*": "picture"}, "reads": [*GROUPS["modality"], "ct_or_mr"],
-            "targets": list(TARGETS), "findings": list(REPORTED), "outlined": {m: list(t) for m, t in OUTLINED.items()}, "zoom": ZOOM, "scale": SCALE,
-            "boxed": ["pathology"], "slices": 4,
+            "targets": list(TARGETS), "findings": list(REPORTED), "outlined": {m: list(t) for m, t in OUTLINED.items()}, "whole": list(WHOLE),
+            "zoom": ZOOM, "scale": SCALE, "boxed": ["pathology"], "slices": 4,
         },
     )  # fmt: skip
 
@@ -193,7 +197,7 @@ def _joined(group: list[Sample]) -> tuple[list[Sample], bool]:
         side = re.search(r"left|right", m.label)
         name = "bone" if BONES.match(m.label) else f"{side[0]} lung" if side and m.label.startswith("lung_") else spoken(m.label)
         joined[name] = joined[name] | m.array if name in joined else m.array
-    complete = len(masks) >= COMPLETE
+    complete = len(masks) >= COMPLETE and (bool(first.meta.get("synthetic")) or len(joined.keys() & set(CT)) >= COMPLETE)
     if volume.unit == "HU":
         joined["body"] = _body(volume.voxels[0])
     base = replace(first, masks=(), turns=(), regions=())
@@ -212,7 +216,8 @@ def _body(hu: np.ndarray) -> np.ndarray:
 
 
 def calibrate(model, tokenizer, val: list[Sample]) -> dict:
-    """Fit the three probabilities on the real pictures of val: findings, presence of an outline, yes/no answers. One scale and shift each.
+    """Fit the probabilities on the real pictures of val: findings, yes/no answers, and the presence of an outline in each kind of picture. One
+    scale and shift each: of vessels, which every photograph shows, and of organs, which few slices show, one alone would be wrong of both.
 
     Gives, for each, the number of pairs and the mean log loss before and after.
     """
@@ -222,8 +227,9 @@ def calibrate(model, tokenizer, val: list[Sample]) -> dict:
     from ..predictors.native import NativeModel, choices_of
 
     reader = NativeModel(model, tokenizer)
-    head, mask = model.heads["classify"], model.heads["mask"]
-    pairs: dict[str, list[tuple[float, float]]] = {"findings": [], "present": [], "yes_no": []}
+    head = model.heads["classify"]
+    pairs: dict[str, list[tuple[float, float]]] = {"findings": [], "yes_no": [], **{f"present:{modality}": [] for modality in OUTLINED}}
+    patients: dict[str, set[str]] = {kind: set() for kind in pairs}
     rows: dict[str, list[Sample]] = {}
     for sample in val:
         if sample.images and "," not in str(sample.meta["row"]) and not str(sample.meta["row"]).startswith("phantom"):
@@ -234,10 +240,11 @@ def calibrate(model, tokenizer, val: list[Sample]) -> dict:
         with torch.no_grad():
             logits = head(features[name])[0].tolist()
         pairs["findings"] += [(logits[head.labels.index(k)], v) for k, v in group[0].labels.items() if k in FINDINGS]
-        drawn = [s for s in group if s.meta["kind"] == "segment"]
+        drawn = [s for s in group if s.meta["kind"] == "segment" and (s.masks or s.regions)[0].label in OUTLINED.get(picture.modality, ())]  # others need no scale
         for sample, found in zip(drawn, reader.presence(picture, [(s.masks or s.regions)[0].label for s in drawn]) if drawn else ()):
             truth = float(bool(sample.regions and not sample.masks) or sample.masks[0].array.any())
-            pairs["present"].append((math.log(max(found, 1e-6) / max(1 - found, 1e-6)), truth))
+            patients[f"present:{picture.modality}"].add(group[0].patient or str(group[0].meta["row"]))
+            pairs[f"present:{picture.modality}"].append((math.log(max(found, 1e-6) / max(1 - found, 1e-6)), truth))
         for sample in group:
             if sample.meta["kind"] == "asked" and sample.answer in ("yes", "no") and choices_of(sample.question) == ("yes", "no"):
                 yes = reader.choose(picture, sample.question, ("yes", "no"))["yes"]
@@ -245,16 +252,15 @@ def calibrate(model, tokenizer, val: list[Sample]) -> dict:
     report = {}
     for kind, found in pairs.items():
         z, y = (np.array(column) for column in zip(*found)) if found else (np.zeros(0), np.zeros(0))
-        scale, shift = fit_platt(z, y)
+        scale, shift = (1.0, 0.0) if kind.startswith("present") and len(patients[kind]) < PATIENTS else fit_platt(z, y)
         loss = [float((np.logaddexp(0, a) - a * y).mean()) if len(y) else None for a in (z, z * scale + shift)]
         report[kind] = {"pairs": len(y), "scale": scale, "shift": shift, "log_loss": loss}
     grouped = {n for g in head.groups for n in g}
     for i, label in enumerate(head.labels):
         if label not in grouped:
             head.scale[i], head.shift[i] = report["findings"]["scale"], report["findings"]["shift"]
-    mask.scale.fill_(report["present"]["scale"])
-    mask.shift.fill_(report["present"]["shift"])
-    model.config.about = {**model.config.about, "calibration": {"yes_no": [report["yes_no"]["scale"], report["yes_no"]["shift"]]}}
+    fitted = {kind: [found["scale"], found["shift"]] for kind, found in report.items()}
+    model.config.about = {**model.config.about, "calibration": {"yes_no": fitted["yes_no"], "present": {m: fitted[f"present:{m}"] for m in OUTLINED}}}
     return report
 
 

@@ -56,6 +56,25 @@ def test_however_it_is_stored_the_outline_lies_at_the_same_place(model, stored):
     assert np.array_equal(turned(other, stored, "SPL"), kept)
 
 
+def test_what_no_picture_of_its_kind_shows_is_absent_however_sure_the_decoder_is(model):
+    elsewhere = next(t for t in tiny.TARGETS if t not in ABOUT["outlined"]["ct"])
+    found = model.segment(Study("s", None, (scan(),)), elsewhere)
+    assert found.present == 0 and not found.mask.any()
+    assert model.segment(Study("s", None, (scan(),)), "left lung").present > 0.5
+
+
+def test_islands_are_no_part_of_what_is_of_one_piece(model):
+    mask = np.zeros((20, 30), bool)
+    mask[2:12, 2:12], mask[2:8, 20:26], mask[15:18, 3:6] = True, True, True  # 100, 36 and 9 pixels
+    assert np.array_equal(model._whole("left lung", mask), mask)  # unless the model says so
+    model.vlm.config.about["whole"] = ["left lung"]
+    try:
+        found = model._whole("left lung", mask)
+    finally:
+        del model.vlm.config.about["whole"]
+    assert found.sum() == 136 and not found[15:18].any() and not model._whole("left lung", mask & False).any()
+
+
 def test_what_is_in_no_slice_is_absent(model):
     with torch.no_grad():
         model.vlm.heads["mask"].shift.fill_(-100)
