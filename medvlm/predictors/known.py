@@ -35,6 +35,8 @@ _THERE = re.compile(r"^(?:is|are) there (?:an? |any |evidence of |signs? of )*(?
                     r"^does (?:this|the) (?:image|picture|slice|scan|x-ray|chest x-ray|film|photograph|ct slice|ct scan)? ?(?:show|have|contain) (?:an? |any |the |evidence of )*(?P<what2>[\w -]+?)\?*$|"
                     r"^(?:is|are) (?:an? |the )*(?P<what3>[\w -]+?) (?:in this (?:image|picture|slice|scan)|seen here|seen|present|visible|shown)\?*$|"
                     r"^can (?:you see |the )(?:an? )?(?P<what4>[\w -]+?)(?: be seen here)?\?*$", re.I)  # fmt: skip
+_HOW = re.compile(r"[\s,.]*\b(please )?answer (with |by )?(only )?[\"']?yes[\"']? or [\"']?no[\"']?( only)?[.!]*$", re.I)
+"""How a question wants to be answered, which changes nothing of what it asks."""
 SPOKEN = {"part": "the {}", "eye": "the {} eye"}
 
 
@@ -53,9 +55,11 @@ def asked(question: str, groups: Mapping[str, Sequence[str]], findings: Sequence
 
     >>> asked("Is this an axial slice?", {"plane": ("axial", "coronal")}, (), ())
     Asked(group='plane', name='axial')
+    >>> asked("Is this a CT scan? Answer yes or no.", {"modality": ("xray", "ct")}, (), ())
+    Asked(group='modality', name='ct')
     >>> asked("Is there a pneumothorax on the left?", {}, ("pneumothorax",), ())
     """
-    plain = " ".join(question.strip().split())
+    plain = _HOW.sub("", " ".join(question.strip().split()))
     for group, pattern in _WHICH.items():
         if group in groups and pattern.search(plain):
             return Asked(group, None)

@@ -10,7 +10,7 @@ FINDINGS, TARGETS = ("pneumothorax", "COVID-19 pneumonia", "pleural effusion"), 
 
 
 @pytest.mark.parametrize(("question", "wanted"), [
-    ("Is this a CT scan?", ("modality", "ct")), ("Is this an X-ray?", ("modality", "xray")), ("Is the picture a chest X-ray?", ("modality", "xray")),
+    ("Is this a CT scan?", ("modality", "ct")), ("Is this a CT scan? Answer yes or no.", ("modality", "ct")), ("Is this an X-ray?", ("modality", "xray")), ("Is the picture a chest X-ray?", ("modality", "xray")),
     ("Is this a fundus photograph?", ("modality", "fundus")), ("Is this an MRI?", ("modality", "mr")), ("What kind of image is this?", ("modality", None)),
     ("Which imaging modality is this?", ("modality", None)), ("What type of imaging is this?", ("modality", None)), ("What modality was used?", ("modality", None)),
     ("Is this an axial slice?", ("plane", "axial")), ("Is the slice coronal?", ("plane", "coronal")), ("In which plane is this slice?", ("plane", None)),
