@@ -538,7 +538,7 @@ FROZEN = {
     ("path_dsb_nuclei", "val"): (260, "dc9c095faf5d2453"),
     ("vol_deeplesion", "train"): (504, "73503339f13206b2"),
     ("vol_totalseg", "train"): (1330, "41032dc06625d010"),
-    ("vol_totalseg", "val"): (1181, "9e55275130bb230b"),
+    ("vol_totalseg", "val"): (915, "bb42c2534a13a204"),
     ("report_iu", "train"): (33445, "3336554be2279e3e"),
     ("report_iu", "val"): (4615, "ae861c31e2bd316e"),
 }  # fmt: skip
