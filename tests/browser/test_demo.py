@@ -460,7 +460,7 @@ def test_the_bundled_model_reads_the_examples(browser, tmp_path):
             visit.text(".mv-answer", r"(yes|no)\s*\d+%")
             if os.environ.get("MEDVLM_SCREENSHOT"):  # for docs/demo.png
                 save_screenshot(visit, os.environ["MEDVLM_SCREENSHOT"])
-            choose(visit, "ct-dicom", "CT scan")
+            choose(visit, "ct-dicom", "liver")
             visit.text(".mv-corner", "slice 11 of 20")
             visit.page.close()
             assert {u.split("/")[2].split(":")[0] for u in visit.urls if u.startswith("http")} == {"127.0.0.1"}
