@@ -61,6 +61,8 @@ FLAT = ("fundus", "pathology", "endoscopy", "dermoscopy", "ultrasound", "oct")
 """Pictures whose quarters are those of the picture as it is shown."""
 MOST = 0.9
 """Share of a target that must lie in one quarter, or on one side, for that to be where it is."""
+BOTH = 0.15
+"""Share of what lies in the lungs that each must hold for a finding to be in both."""
 TRUST = ("record", "outline", "box", "label", "report", "question")
 """Who is believed where two say differently."""
 
@@ -249,24 +251,33 @@ class Place:
     kind: str
 
 
-def places(case: Case, name: str) -> Iterator[Place]:
-    """Where an outlined or boxed target lies; nothing of one whose name says its side."""
+def shares(case: Case, name: str) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """(said, kind, {word: share}) for each way to say where an outlined or boxed target lies: "in the {} lung", "lung", {"right": 0.2, "left": 0.8}.
+
+    Shares are those of the target that lie where the word says; nothing is said of a target whose name says its side.
+    """
     array = case.outlines.get(name, case.boxes.get(name))
     if array is None or _SIDE.search(name) or not array.any():
         return
-    if (side := _side_in_lungs(case, array, name)) in LUNGS:
-        yield Place("in the {} lung", side, LUNGS, "lung")
-    if (side := _side_of_midline(case, array, name)) in LUNGS:
-        yield Place("on the patient's {} side", side, LUNGS, "side")
+    if (held := _in_lungs(case, array, name)) is not None:
+        yield "in the {} lung", "lung", held
+    if (held := _beside_midline(case, array, name)) is not None:
+        yield "on the patient's {} side", "side", held
     if (frame := _frame(case)) is not None:
         seen, rows, columns, where = frame
         plane = seen(array)
         high, wide = (n // 2 for n in plane.shape)
-        held = {f"{r} {c}": plane[i, j].sum() for r, i in zip(rows, (slice(high), slice(-high, None)))
-                for c, j in zip(columns, (slice(wide), slice(-wide, None)))}  # fmt: skip
-        best = max(held, key=lambda k: held[k])
-        if held[best] >= MOST * plane.sum():
-            yield Place(f"in the {{}} quarter of the {where}", best, tuple(k for k in held if k == best or not held[k]), "quarter")
+        yield f"in the {{}} quarter of the {where}", "quarter", {
+            f"{r} {c}": float(plane[i, j].sum() / plane.sum()) for r, i in zip(rows, (slice(high), slice(-high, None))) for c, j in zip(columns, (slice(wide), slice(-wide, None)))
+        }  # fmt: skip
+
+
+def places(case: Case, name: str) -> Iterator[Place]:
+    """Where an outlined or boxed target surely lies: nearly all of it."""
+    for said, kind, held in shares(case, name):
+        best = max(held, key=held.__getitem__)
+        if 1 - held[best] < BOTH if kind == "lung" else held[best] >= MOST:
+            yield Place(said, best, tuple(k for k in held if k == best or kind != "quarter" or not held[k]), kind)
 
 
 def side(case: Case, name: str) -> str | None:
@@ -274,10 +285,14 @@ def side(case: Case, name: str) -> str | None:
     array = case.outlines.get(name, case.boxes.get(name))
     if array is None or _SIDE.search(name) or _DEVICE.search(name) or not array.any():
         return None
-    return _side_in_lungs(case, array, name) or _side_of_midline(case, array, name)
+    held = _in_lungs(case, array, name)
+    if held is not None:
+        return "both" if min(held.values()) >= BOTH else max(held, key=held.__getitem__)
+    held = _beside_midline(case, array, name)
+    return next((s for s in LUNGS if held[s] >= MOST), None) if held else None
 
 
-def side_of(mask: np.ndarray, right: np.ndarray, left: np.ndarray, share: float = 0.15) -> str | None:
+def side_of(mask: np.ndarray, right: np.ndarray, left: np.ndarray, share: float = BOTH) -> str | None:
     """Side of the patient a target lies on: "both" when each lung holds at least ``share`` of what lies in the lungs.
 
     mask, right, left: bool arrays on one grid; right and left are the patient's lungs. None outside the lungs.
@@ -291,9 +306,13 @@ def side_of(mask: np.ndarray, right: np.ndarray, left: np.ndarray, share: float 
     return "right" if in_right > in_left else "left"
 
 
-def _side_in_lungs(case: Case, array: np.ndarray, name: str) -> str | None:
+def _in_lungs(case: Case, array: np.ndarray, name: str) -> dict[str, float] | None:
+    """{side: share of what lies in the lungs}; None of a structure, without both lungs, or outside them."""
     right, left = (_union(case, s) for s in LUNGS)
-    return None if structure(name) or right is None or left is None else side_of(array, right, left)
+    if structure(name) or right is None or left is None:
+        return None
+    counts = [int((array & lung).sum()) for lung in (right, left)]
+    return {s: n / sum(counts) for s, n in zip(LUNGS, counts)} if sum(counts) else None
 
 
 def _union(case: Case, side: str) -> np.ndarray | None:
@@ -305,8 +324,8 @@ def _union(case: Case, side: str) -> np.ndarray | None:
     return None
 
 
-def _side_of_midline(case: Case, array: np.ndarray, name: str) -> str | None:
-    """The side of the spine on which a target of a volume lies; None without an outlined spine, or where it reaches across."""
+def _beside_midline(case: Case, array: np.ndarray, name: str) -> dict[str, float] | None:
+    """{side: share} of a volume's target to either side of the spine; None without an outlined spine."""
     spine = [a for n, a in case.outlines.items() if _MIDLINE.search(n) and not _SIDE.search(n) and a.any()]
     if not isinstance(case.image, Volume) or not spine or _MIDLINE.search(name):
         return None
@@ -314,8 +333,8 @@ def _side_of_midline(case: Case, array: np.ndarray, name: str) -> str | None:
     across = np.arange(turned(array, here, "SPL").shape[-1])
     counts = [turned(a, here, "SPL").sum((0, 1)) for a in (np.logical_or.reduce(spine), array)]
     middle = counts[0] @ across / counts[0].sum()
-    right = counts[1][across < middle].sum() / counts[1].sum()
-    return "right" if right >= MOST else "left" if right <= 1 - MOST else None
+    right = float(counts[1][across < middle].sum() / counts[1].sum())
+    return {"right": right, "left": 1 - right}
 
 
 def _frame(case: Case) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[str, str], tuple[str, str], str] | None:

@@ -1,4 +1,5 @@
-"""Questions that a model's heads answer by themselves: what kind of picture, which plane, view, part, eye; whether a finding or structure is there.
+"""Questions that a model's heads answer by themselves: what kind of picture, which plane, view, part, eye; whether a finding or structure is there,
+and where, how large, how many, by what was outlined or boxed.
 
 A small language model compares a word with a picture badly; the heads were fitted and calibrated for exactly that. What is not
 recognised here, with nothing left over, is left to the language model.
@@ -10,8 +11,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from ..datasets.facts import MODALITY_NAMES
-from ..datasets.sentences import spoken, word
+from ..datasets.facts import BOTH, LUNGS, MODALITY_NAMES, MOST, Case, shares
+from ..datasets.sentences import many, spoken, word
 
 WORDS: Mapping[str, Mapping[str, str]] = {
     "modality": {"xray": r"(plain )?(chest )?(x-?\s?rays?|radiograph|plain film|cxr)( of the \w+)?", "ct": r"(axial )?(ct|computed tomography)( scan| slice| image)?",
@@ -35,31 +36,49 @@ _THERE = re.compile(r"^(?:is|are) there (?:an? |any |evidence of |signs? of )*(?
                     r"^does (?:this|the) (?:image|picture|slice|scan|x-ray|chest x-ray|film|photograph|ct slice|ct scan)? ?(?:show|have|contain) (?:an? |any |the |evidence of )*(?P<what2>[\w -]+?)\?*$|"
                     r"^(?:is|are) (?:an? |the )*(?P<what3>[\w -]+?) (?:in this (?:image|picture|slice|scan)|seen here|seen|present|visible|shown)\?*$|"
                     r"^can (?:you see |the )(?:an? )?(?P<what4>[\w -]+?)(?: be seen here)?\?*$", re.I)  # fmt: skip
+_MEASURED = {
+    "place": re.compile(r"^(?:(?:is|are|does|do) the (?P<what>[\w -]+?)(?: lie| found| located| seen)?|can the (?P<what2>[\w -]+?) be (?:found|seen)) (?P<place>(?:in|on) the .+?)\?*$", re.I),
+    "where": re.compile(r"^where (?:is|are|does|do) the (?P<what>[\w -]+?)(?: lie| located| seen)?\?*$|^locate the (?P<what2>[\w -]+?)\.*$|^in which place (?:is|are) the (?P<what3>[\w -]+?)\?*$|"
+                        r"^(?:in )?which lung (?:is|are) the (?P<what4>[\w -]+?)(?: in)?\?*$|^(?:on )?(?:which|what) side (?:is|are) the (?P<what5>[\w -]+?)(?: on)?\?*$", re.I),
+    "size": re.compile(r"^how (?:large|big) (?:is|are) the (?P<what>[\w -]+?)\?*$|^what is the (?:size|area|volume) of the (?P<what2>[\w -]+?)\?*$", re.I),
+    "count": re.compile(r"^how many (?P<what>[\w -]+?)(?: (?:are|can be) (?:there|seen|visible|shown))?(?: (?:in|on) (?:this|the) (?:image|picture|smear|slide))?\?*$|^count the (?P<what2>[\w -]+?)\.*$|"
+                        r"^what is the number of (?P<what3>[\w -]+?)(?: in (?:this|the) [\w ]+)?\?*$", re.I),
+}  # fmt: skip
+"""What is told by outlines and boxes: {what is asked of the named: how}."""
+_SIDED = re.compile(r"^(?:in|on) the (?:patient's )?(right|left)(?: (?:lung|side|side of the (?:patient|body|chest)))?$", re.I)
+_QUARTER = re.compile(r"^in the (?:upper|lower|front|back) (?:right|left) quarter of the [\w ,']+$", re.I)
 _HOW = re.compile(r"[\s,.]*\b(please )?answer (with |by )?(only )?[\"']?yes[\"']? or [\"']?no[\"']?( only)?[.!]*$", re.I)
 """How a question wants to be answered, which changes nothing of what it asks."""
 SPOKEN = {"part": "the {}", "eye": "the {} eye"}
 
 
 class Asked(NamedTuple):
-    """group: of the classifier, "finding" or "target"; name: in it, None for an open question, which asks for one of the group."""
+    """group: of the classifier, "finding", "target", or what is asked of the named: "place", "where", "size", "count"; name: None for
+    an open question, which asks for one of the group. place: that is asked after, "in the right lung"."""
 
     group: str
     name: str | None
+    place: str | None = None
 
 
-def asked(question: str, groups: Mapping[str, Sequence[str]], findings: Sequence[str], targets: Sequence[str]) -> Asked | None:
+def asked(question: str, groups: Mapping[str, Sequence[str]], findings: Sequence[str], targets: Sequence[str], boxed: Sequence[str] = (),
+          aliases: Mapping[str, str] | None = None) -> Asked | None:  # fmt: skip
     """What a question asks of the heads, None where it asks for anything else.
 
     Args:
         groups: {group: names} that the classifier tells apart. findings: that it was calibrated on. targets: that are outlined.
+        boxed: objects that are boxed. aliases: {how else a target or object is called, lower case: its name}.
 
     >>> asked("Is this an axial slice?", {"plane": ("axial", "coronal")}, (), ())
     Asked(group='plane', name='axial')
     >>> asked("Is this a CT scan? Answer yes or no.", {"modality": ("xray", "ct")}, (), ())
     Asked(group='modality', name='ct')
+    >>> asked("Is the consolidation in the left lung?", {}, (), ("consolidation",))
+    Asked(group='place', name='consolidation', place='in the left lung')
     >>> asked("Is there a pneumothorax on the left?", {}, ("pneumothorax",), ())
     """
     plain = _HOW.sub("", " ".join(question.strip().split()))
+    called = aliases or {}
     for group, pattern in _WHICH.items():
         if group in groups and pattern.search(plain):
             return Asked(group, None)
@@ -72,9 +91,22 @@ def asked(question: str, groups: Mapping[str, Sequence[str]], findings: Sequence
     if found := _THERE.match(plain):
         what = next(w for w in found.groups() if w).lower()
         for kind, names in (("finding", findings), ("target", targets)):
-            if hit := next((n for n in names if what in (n.lower(), word(n).lower(), spoken(n).lower())), None):
+            if hit := _named(what, names, {}):
                 return Asked(kind, hit)
+    for kind, pattern in _MEASURED.items():
+        if found := pattern.match(plain):
+            what = next(w for k, w in found.groupdict().items() if k != "place" and w).lower()
+            place = " ".join(found["place"].lower().split()) if kind == "place" else None
+            if place is not None and not (_SIDED.match(place) or _QUARTER.match(place)):
+                continue
+            names = {"size": targets, "count": boxed}.get(kind, (*targets, *boxed))
+            if hit := _named(what, names, called):
+                return Asked(kind, hit, place)
     return None
+
+
+def _named(what: str, names: Sequence[str], aliases: Mapping[str, str]) -> str | None:
+    return next((n for n in names if what in (n.lower(), word(n).lower(), spoken(n).lower()) or aliases.get(what) == n), None)
 
 
 def answer(wanted: Asked, chances: Mapping[str, float], present: Callable[[str], float]) -> tuple[str, float, dict[str, float] | None]:
@@ -84,5 +116,58 @@ def answer(wanted: Asked, chances: Mapping[str, float], present: Callable[[str],
         best = max(own, key=own.get)
         return (MODALITY_NAMES[best] if wanted.group == "modality" else SPOKEN.get(wanted.group, "{}").format(best)), own[best], None
     yes = present(wanted.name) if wanted.group == "target" else chances[wanted.name if wanted.group == "finding" else f"{wanted.group}:{wanted.name}"]
-    text = "yes" if yes >= 0.5 else "no"
-    return text, max(yes, 1 - yes), {"yes": yes, "no": 1 - yes}
+    return _yes_no(yes)
+
+
+def measured(wanted: Asked, case: Case, present: float, size: str | None = None) -> tuple[str, float, dict[str, float] | None] | None:
+    """(text, probability, choices) by what was outlined or boxed in the case; None where nothing tells the place that is asked after.
+
+    Args:
+        case: with what the model has drawn, an absent target empty or left out. present: chance that the target is there.
+        size: of the target, "12.5 mL".
+
+    The chance that it lies in a place is that of its being there times the share of it that lies there.
+    """
+    drawn = case.outlines.get(wanted.name, case.boxes.get(wanted.name))
+    there = drawn is not None and bool(drawn.any())
+    if wanted.group == "place":
+        if not there:
+            share = 1 / len(LUNGS)
+        elif (share := _share(wanted, case)) is None:
+            return None
+        return _yes_no(present * share)
+    if wanted.group == "count":
+        count = case.counts.get(wanted.name, 0)
+        return str(count), present if count else 1 - present, None
+    if not there:
+        return f"there {'are' if many(wanted.name) else 'is'} no {wanted.name}", 1 - present, None
+    text = _where(wanted, case) if wanted.group == "where" else size
+    return (text, present, None) if text else None
+
+
+def _share(wanted: Asked, case: Case) -> float | None:
+    """Of what was drawn, that which lies in the place."""
+    ways = list(shares(case, wanted.name))
+    for said, _, held in ways:
+        for option, share in held.items():
+            if wanted.place == said.format(option).lower():
+                return share
+    side = _SIDED.match(wanted.place)
+    return next((held[side[1].lower()] for _, kind, held in ways if kind in ("lung", "side")), None) if side else None
+
+
+def _where(wanted: Asked, case: Case) -> str | None:
+    """The place that holds most of it: "in both lungs", "in the left lung", "mostly in the upper left quarter of the picture"."""
+    for said, kind, held in shares(case, wanted.name):
+        best = max(held, key=held.__getitem__)
+        if kind == "lung" and 1 - held[best] >= BOTH:
+            return "in both lungs"
+        if kind == "lung" or held[best] >= MOST:
+            return said.format(best)
+        if kind == "quarter":
+            return f"mostly {said.format(best)}" if held[best] > 0.5 else f"in more than one quarter of the{said.partition(' of the')[2]}"
+    return None
+
+
+def _yes_no(yes: float) -> tuple[str, float, dict[str, float]]:
+    return "yes" if yes >= 0.5 else "no", max(yes, 1 - yes), {"yes": yes, "no": 1 - yes}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..datasets import sentences
-from ..datasets.facts import MODALITY_NAMES
+from ..datasets.facts import MODALITY_NAMES, case_of
 from ..datasets.instruct import ASK, MODALITY_WORDS, side_of
 from ..datasets.slices import sliced
 from ..encoders.base import Features
@@ -21,10 +21,11 @@ from ..errors import ModelError
 from ..heads.mask import Prompts
 from ..imaging.scan import Image, Study, Volume, turned
 from ..language import IMAGE, ROLES, SEG, Batch, Encoded, collate, encode, ends
-from ..preprocess import UPRIGHT, Frame, blend, inputs, tiles, to_tensor
+from ..preprocess import UPRIGHT, Frame, Tiles, blend, inputs, tiles, to_tensor
 from ..sample import (
     Answer,
     Finding,
+    Mask,
     Measurement,
     Prediction,
     Region,
@@ -116,6 +117,7 @@ class NativeModel(Model):
         self._names: dict[tuple, torch.Tensor] = {}
         self._cut: dict[tuple[int, int], tuple[Volume, tuple[Image, ...]]] = {}
         self._trunk: tuple | None = None
+        self._last: tuple[Image | Volume, dict[str, Segmentation]] | None = None
 
     def ask(self, study, question: str, image: str | None = None) -> Answer:
         question = check_question(question)
@@ -170,7 +172,8 @@ class NativeModel(Model):
         only = next(iter(images.values())) if len(images) == 1 else None
         for i, turns in enumerate(asked):
             if only is not None and len(turns) == 1 and (wanted := self._wanted(only, turns[0].text)) is not None:
-                found[i] = known.answer(wanted, self._chances(only), lambda target: self.presence(only, [target])[0])
+                if (answer := self._known(only, wanted)) is not None:
+                    found[i] = answer
         rest = [i for i in range(len(asked)) if i not in found]
         deep = [key for key, x in images.items() if self._sliced(x)]
         if rest:
@@ -193,7 +196,29 @@ class NativeModel(Model):
         groups = {g[0].partition(":")[0]: [n.partition(":")[2] for n in g] for g in head.groups}
         kind = self._kind(picture)
         findings = [n for n in head.labels if ":" not in n] if kind == "xray" else []
-        return known.asked(question, groups, findings, about["outlined"].get(kind, ()))
+        box = self.vlm.head("box", self.vlm.route(picture.modality)[0])
+        boxed = box.labels if box is not None and box.dense is not None and kind in about.get("boxed", ()) else ()
+        return known.asked(question, groups, findings, about["outlined"].get(kind, ()), boxed, ALIASES)
+
+    def _known(self, picture: Image | Volume, wanted: known.Asked) -> tuple[str, float, dict[str, float] | None] | None:
+        """(text, probability, choices) by the heads; None where what they have drawn does not tell."""
+        if wanted.group not in ("place", "where", "size", "count"):
+            return known.answer(wanted, self._chances(picture), lambda target: self.presence(picture, [target])[0])
+        base = Sample("drawn", images={picture.id: picture}, meta={"labels": {"view": self._view(picture)}})
+        if wanted.name not in self.targets:
+            regions = [r for r in self._boxed(picture) if r.label == wanted.name]
+            case = case_of([replace(base, regions=tuple(r for r in regions if r.probability >= survey.COUNTED))])
+            return known.measured(wanted, case, regions[0].probability if regions else FOUND)
+        beside = ("right lung", "left lung", "spinal cord") if wanted.group in ("place", "where") else ()
+        learnt = self.vlm.config.about["outlined"][self._kind(picture)]
+        own, *others = self._outline(picture, tuple(dict.fromkeys((wanted.name, *(t for t in beside if t in learnt)))))
+        case = case_of([replace(base, masks=(Mask(picture.id, s.label, s.mask),)) for s in (own, *others)])
+        return known.measured(wanted, case, own.present, next(map(survey.amount, survey.sizes(own)), None))
+
+    def _view(self, picture: Image | Volume) -> str | None:
+        """The projection that an X-ray looks like, by which its sides are the patient's."""
+        views = {n.partition(":")[2]: p for n, p in self._chances(picture).items() if n.startswith("view:")}
+        return max(views, key=views.get) if views and self._kind(picture) == "xray" else None
 
     def _kind(self, picture: Image | Volume) -> str:
         """The picture's modality, or where nobody says it the one that it looks like."""
@@ -602,8 +627,17 @@ class NativeModel(Model):
                 chances[whole] = max([chances[whole], *(chances[k] for k in kinds if k in chances)])
         return chances
 
+    def _outline(self, picture: Image | Volume, targets: Sequence[str]) -> list[Segmentation]:
+        """:meth:`_outlined` of these targets; what was outlined on the last picture is kept."""
+        if self._last is None or self._last[0] is not picture:
+            self._last = picture, {}
+        kept = self._last[1]
+        if missing := [t for t in dict.fromkeys(targets) if t not in kept]:
+            kept |= zip(missing, self._outlined(picture, missing))
+        return [replace(kept[t], mask=kept[t].mask.copy()) for t in targets]
+
     @torch.no_grad()
-    def _outline(self, picture: Image, targets: Sequence[str]) -> list[Segmentation]:
+    def _outlined(self, picture: Image | Volume, targets: Sequence[str]) -> list[Segmentation]:
         """Each target from its own [SEG] state; an empty mask where it is more likely absent."""
         if self.vlm.lm is None:
             raise ModelError(f"{self.name} outlines no named target: it has no language model", "UNSUPPORTED_VERB", "give points or boxes")
@@ -668,8 +702,38 @@ class NativeModel(Model):
         none = torch.zeros(len(targets), dtype=torch.bool, device=self.vlm.device)
         picture = next(iter(images.values()))
         scale, shift = self.vlm.config.about.get("calibration", {}).get("present", {}).get(self._kind(picture), (1.0, 0.0))
-        present = head.probability(head.decode(embedding, replace(prompts, draw=none)).present * scale + shift).tolist()
+        logits = self._present_closely(picture, prompts, head.decode(embedding, replace(prompts, draw=none)).present)
+        present = head.probability(logits * scale + shift).tolist()
         return prompts, [p * may for p, may in zip(present, self._may_show(picture, targets))]
+
+    def _closely(self, picture: Image | Volume) -> Tiles | None:
+        """Windows over a picture of a kind that is looked at closely: at ``about["zoom"]`` times the resolution at which the whole
+        fits the encoder, or at ``about["scale"]`` pixels of the input for one of the picture. None for what is seen whole."""
+        name, _, _, frame = self._look(picture)
+        about, kind = self.vlm.config.about, self._kind(picture)
+        zoom = about.get("zoom", {}).get(kind, 1.0)
+        if closer := about.get("scale", {}).get(kind):
+            zoom = min(LARGEST, max(1.0, closer / max(frame.scale)))
+        return None if zoom == 1.0 else tiles(picture, self.vlm.encoders[name].spec, zoom)
+
+    def _present_closely(self, picture: Image | Volume, prompts: Prompts, whole: torch.Tensor) -> torch.Tensor:
+        """(P,) logits of the presence in the picture, ``whole``, or in any of the windows in which the kind is outlined: in the whole, a few small nuclei are lost."""
+        name = self._look(picture)[0]
+        head, spec = self.vlm.head("mask", name), self.vlm.encoders[name].spec
+        learnt = self.vlm.config.about.get("outlined", {}).get(self._kind(picture), ())
+        wanted = [k for k, at in enumerate(prompts.named.tolist()) if at >= 0 and head.labels[at] in learnt]
+        if head.ladder is None or not wanted or (tiled := self._closely(picture)) is None:
+            return whole
+        found = [whole[wanted]]
+        for group in _grouped(inputs(picture, spec, tiled.frames), AT_ONCE):
+            embedding = head.embed(self.vlm.encode({name: torch.stack(group).to(self.vlm.device)})[name])
+            each = torch.arange(len(group), device=self.vlm.device).repeat_interleave(len(wanted))
+            chosen = torch.tensor(wanted, device=self.vlm.device).repeat(len(group))
+            asked = Prompts(each, tokens=prompts.tokens[chosen], named=prompts.named[chosen], draw=torch.zeros_like(each, dtype=torch.bool))
+            found += head.decode(embedding, asked).present.reshape(len(group), len(wanted))
+        whole = whole.clone()
+        whole[wanted] = torch.stack(found).amax(0)
+        return whole
 
     def _may_show(self, picture: Image | Volume, targets: Sequence[str]) -> list[float]:
         """The chance that the picture is of a kind in which each target was learnt (``about["outlined"]``).
@@ -684,26 +748,25 @@ class NativeModel(Model):
         return [sum(p for k, p in kinds.items() if t in outlined.get(k, ())) if t in named else 1.0 for t in targets]
 
     def _draw(self, picture: Image | Volume, prompts: Prompts, wanted: Sequence[int]) -> tuple[torch.Tensor, Frame]:
-        """(len(wanted), *grid) logits of words, and where their maps lie: from windows where the model looks closer at this
-        modality, for targets too thin to see in the whole: at ``about["zoom"]`` times the resolution at which the whole image
-        fits the encoder, or at ``about["scale"]`` pixels of the input for one of the picture. What the words mean comes from
-        the whole image."""
+        """(len(wanted), *grid) logits of words, and where their maps lie: from windows where the model looks closer at this kind of
+        picture, for targets too thin to see in the whole. What the words mean comes from the whole image. Where a kind has no sides
+        (``about["unsided"]``) what is known by name is the mean of the four ways to mirror each window."""
         name, _, embedding, frame = self._look(picture)
         head, about = self.vlm.head("mask", name), self.vlm.config.about
         chosen = torch.tensor(wanted, device=self.vlm.device)
         prompts = Prompts(prompts.image[chosen], tokens=prompts.tokens[chosen], named=prompts.named[chosen])
         by_name = head.ladder is not None and bool((prompts.named >= 0).all())
-        draw = (lambda f: head.outlines(f)[:, prompts.named]) if by_name else (lambda f: self._decoded_maps(head, f, prompts))
-        kind = self._kind(picture)
-        zoom = about.get("zoom", {}).get(kind, 1.0)
-        if closer := about.get("scale", {}).get(kind):
-            zoom = min(LARGEST, max(1.0, closer / max(frame.scale)))
-        if zoom == 1.0:
+        if (tiled := self._closely(picture)) is None:
             return (head.maps(embedding)[0, prompts.named] if by_name else _even(head.decode(embedding, prompts).logits)), frame
-        spec = self.vlm.encoders[name].spec
-        tiled = tiles(picture, spec, zoom)
-        return blend(tiled, (one for group in _grouped(inputs(picture, spec, tiled.frames), AT_ONCE if by_name else 1)
-                             for one in draw(self.vlm.encode({name: torch.stack(group).to(self.vlm.device)})[name]))), tiled.whole  # fmt: skip
+        ways = ((), (-1,), (-2,), (-2, -1)) if by_name and self._kind(picture) in about.get("unsided", ()) else ((),)
+
+        def draw(windows: torch.Tensor) -> torch.Tensor:
+            if not by_name:
+                return self._decoded_maps(head, self.vlm.encode({name: windows})[name], prompts)
+            return torch.stack([head.outlines(self.vlm.encode({name: windows.flip(way)})[name])[:, prompts.named].flip(way) for way in ways]).mean(0)
+
+        return blend(tiled, (one for group in _grouped(inputs(picture, self.vlm.encoders[name].spec, tiled.frames), AT_ONCE if by_name else 1)
+                             for one in draw(torch.stack(group).to(self.vlm.device)))), tiled.whole  # fmt: skip
 
     @staticmethod
     def _decoded_maps(head, features: Features, prompts: Prompts) -> torch.Tensor:

@@ -37,7 +37,7 @@ def report(picture: Image | Volume, modality: str, chances: Mapping[str, float],
     for s in drawn:
         found.append(Finding(s.label, bool(s.mask.any()), s.present, (s.region,) if s.mask.any() else (), tuple(sizes(s))))
         if s.mask.any():
-            size = "".join(f" ({f'{m.value:.0f}' if m.value >= 100 else f'{m.value:.3g}'} {'' if m.unit == '1' else m.unit}{' of the picture' if m.unit == '%' else ''})" for m in found[-1].measurements[:1])
+            size = "".join(f" ({amount(m)})" for m in found[-1].measurements[:1])
             said.append(Sentence(f"The {s.label} {'are' if sentences.many(s.label) else 'is'} seen{size}.", (s.region,), "findings", (len(found) - 1,)))
         else:
             missing.append(len(found) - 1)
@@ -59,6 +59,11 @@ def sizes(one: Segmentation) -> list[Measurement]:
         return [Measurement("share of the picture", 100 * cells / one.mask.size, "%")]
     size = cells * float(np.prod(spacing))
     return [Measurement("volume", size / 1000, "mL")] if isinstance(one.image, Volume) else [Measurement("area", size, "mm2")]
+
+
+def amount(size: Measurement) -> str:
+    """"1234 mL", "5.62 % of the picture"."""
+    return f"{f'{size.value:.0f}' if size.value >= 100 else f'{size.value:.3g}'} {size.unit}{' of the picture' if size.unit == '%' else ''}"
 
 
 def _groups(picture: Image | Volume, modality: str) -> tuple[str, ...]:

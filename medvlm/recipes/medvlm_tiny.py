@@ -88,7 +88,7 @@ def model(tokenizer, size: int = 256, backbone: str = "regnetx_004", dim: int = 
         {
             "name": "medvlm-tiny", "version": "0.2.0", "routes": {"*": "picture"}, "reads": [*GROUPS["modality"], "ct_or_mr"],
             "targets": list(TARGETS), "findings": list(REPORTED), "outlined": {m: list(t) for m, t in OUTLINED.items()}, "whole": list(WHOLE),
-            "zoom": ZOOM, "scale": SCALE, "boxed": ["pathology"], "slices": 4,
+            "zoom": ZOOM, "scale": SCALE, "unsided": ["fundus", "pathology"], "boxed": ["pathology"], "slices": 4,
         },
     )  # fmt: skip
 

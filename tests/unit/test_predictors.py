@@ -353,16 +353,26 @@ def test_a_model_that_is_not_there_lists_what_there_is(film, tmp_path, capsys):
 def test_windows_zoom_in_on_what_is_thin(tiny_folder, monkeypatch):
     """Twice as fine: every window is decoded with the words of the whole picture and joined; presence stays that of the whole."""
     monkeypatch.setattr(Frame, "masks", lambda self, maps, cut=Frame.masks: cut(self, maps - maps.median()))  # random weights draw all or nothing
-    model, picture = load(tiny_folder, "cpu"), tiny.picture(size=(64, 80))
+    model = load(tiny_folder, "cpu")
     model.vlm.heads["mask"].presence[-1].bias.data += 20
-    plain = model.segment(picture, "left lung")
+    plain = model.segment(tiny.picture(size=(64, 80)), "left lung")
     model.vlm.config.about = {**model.vlm.config.about, "zoom": {"xray": 1.0}}
-    assert np.array_equal(model.segment(picture, "left lung").mask, plain.mask)
+    assert np.array_equal(model.segment(tiny.picture(size=(64, 80)), "left lung").mask, plain.mask)
     model.vlm.config.about = {**model.vlm.config.about, "zoom": {"xray": 2.0}}
+    picture = tiny.picture(size=(64, 80))
     looked = []
     monkeypatch.setattr(MedVLM, "encode", lambda self, images, real=MedVLM.encode: (looked.append(images["picture"][0]), real(self, images))[1])
     fine = model.segment(picture, "left lung")
     spec = model.vlm.encoders["picture"].spec
     windows = list(inputs(picture, spec, tiles(picture, spec, 2.0).frames))
-    assert len(windows) >= 4 and len(looked) == len(windows) and all(torch.equal(a, b) for a, b in zip(looked, windows))
+    assert len(windows) >= 4 and len(looked) == 1 + len(windows) and all(torch.equal(a, b) for a, b in zip(looked[1:], windows))
     assert fine.mask.shape == (64, 80) and fine.present == plain.present and (fine.mask != plain.mask).any()
+
+
+def test_what_was_outlined_is_not_outlined_again(reader, monkeypatch):
+    picture = tiny.picture(seed=3)
+    first = reader.segment(picture, "left lung")
+    first.mask[:] = ~first.mask  # whoever changes it changes their own
+    monkeypatch.setattr(NativeModel, "_outlined", lambda *_: pytest.fail("drawn twice"))
+    again = reader.segment(picture, "left lung")
+    assert again.present == first.present and np.array_equal(again.mask, ~first.mask)

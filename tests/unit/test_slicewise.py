@@ -7,9 +7,11 @@ import torch
 
 from medvlm.datasets.slices import sliced
 from medvlm.errors import MedVLMError
+from medvlm.heads.mask import Prompts
 from medvlm.imaging.scan import Study, Volume, turned
 from medvlm.predictors import survey
-from medvlm.predictors.native import NativeModel
+from medvlm.predictors.native import NativeModel, _outlining
+from medvlm.preprocess import inputs, tiles, to_tensor
 from medvlm.sample import Region, Sample, Segmentation
 from medvlm.vlm import MedVLM
 
@@ -100,6 +102,52 @@ def test_the_heads_answer_what_they_know(model):
     assert model.ask(Study("s", None, (volume,)), "Is the right lung seen?").choices["yes"] == pytest.approx(present, abs=1e-5)
     mean = np.mean([model._chances(x)["modality:ct"] for x in slices(volume, 3)])
     assert model.classify(Study("s", None, (volume,)), ["modality:ct"])["modality:ct"] == pytest.approx(mean, abs=1e-5)
+
+
+@pytest.fixture
+def closely(model):
+    """X-rays looked at twice as closely."""
+    before = model.vlm.config.about
+    model.vlm.config.about = {**before, "zoom": {"xray": 2.0}}
+    yield model
+    model.vlm.config.about = before
+
+
+def test_what_is_in_a_window_is_in_the_picture(closely):
+    picture = tiny.picture(size=(64, 80))
+    spec = closely.vlm.encoders["picture"].spec
+    head, (state,) = closely.vlm.heads["mask"], closely._prompts_of({picture.id: picture}, _outlining(["left lung"]), ["left lung"])[0].tokens
+    at = Prompts(torch.zeros(1, dtype=torch.long), tokens=state[None], named=torch.tensor([head.labels.index("left lung")]))
+    seen = [to_tensor(picture, spec)[0], *inputs(picture, spec, tiles(picture, spec, 2.0).frames)]
+    with torch.no_grad():
+        each = [float(head(closely.vlm.encode({"picture": x[None]})["picture"], at).present) for x in seen]
+        assert len(each) >= 5 and max(each) > each[0] and head.shift == 0
+        head.shift.fill_(-(each[0] + max(each)) / 2)  # the whole says no, a window yes
+        found = closely.segment(Study("s", None, (picture,)), "left lung")
+        head.shift.fill_(0)
+    assert found.present == pytest.approx(1 / (1 + np.exp((each[0] - max(each)) / 2)), abs=1e-4) and found.present > 0.5
+
+
+def test_where_there_are_no_sides_a_mirrored_picture_gives_the_mirrored_outline(closely):
+    picture = tiny.picture(size=(64, 64))
+    mirrored = picture.with_pixels(np.ascontiguousarray(picture.pixels[..., ::-1]))
+    outline = lambda one: closely.segment(Study("s", None, (one,)), "left lung").mask  # noqa: E731
+    assert (outline(picture)[:, ::-1] != outline(mirrored)).mean() > 0.05
+    closely.vlm.config.about["unsided"] = ["xray"]
+    again, other = (picture.with_pixels(picture.pixels), mirrored.with_pixels(mirrored.pixels))
+    assert (outline(again)[:, ::-1] != outline(other)).mean() < 0.002
+
+
+def test_sizes_and_places_are_told_by_outlines(model):
+    picture = tiny.picture(size=(64, 64))
+    found = model.segment(picture, "right lung")
+    size = model.ask(Study("s", None, (picture,)), "How large is the right lung?")
+    assert size.text == f"{found.mask.sum() * 0.25:.0f} mm2" and size.probability == pytest.approx(found.present) and size.regions[0].label == "right lung"
+    drawn = model.segment(picture, "consolidation").mask
+    lungs = [model.segment(picture, f"{side} lung").mask for side in ("right", "left")]
+    held = [(drawn & lung).sum() for lung in lungs]
+    told = model.ask(Study("s", None, (picture,)), "Is the consolidation in the left lung?")
+    assert min(held) > 0 and told.choices["yes"] == pytest.approx(model.presence(picture, ["consolidation"])[0] * held[1] / sum(held), abs=1e-5)
 
 
 def test_points_are_set_on_pictures(model):
