@@ -3,6 +3,7 @@
     python benchmarks/tiny_checks.py --data DIR --split test --out runs/checks
 
 - kind: every picture and volume of the split is shown without its header's modality, and the model names it.
+- parts: plane, part of the body, projection and eye, where the data say them; of volumes the part, and the plane of three slices in each plane.
 - absent: each picture is asked for targets that no picture of its kind shows; an empty mask is right.
 - mirror: a mirrored photograph of the eye is of the other eye; the left lung of a mirrored chest is the mirrored right one.
 - names: the text of ``NAMES`` that lies nearest to a picture names its kind.
@@ -19,6 +20,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +29,14 @@ from PIL import Image as Pillow
 import medvlm
 from medvlm.datasets import manifest
 from medvlm.datasets.facts import ANNOTATED, case_of, stated
+from medvlm.datasets.slices import PLANES, sliced
 from medvlm.evaluate.segment import dice
 from medvlm.evaluate.statistics import auroc_score, mean_score
 from medvlm.evaluate.trust import augrc, ece
 from medvlm.imaging import window
 from medvlm.imaging.scan import Image, Study, Volume
-from medvlm.recipes.medvlm_tiny import ELSEWHERE
+from medvlm.recipes.medvlm_tiny import ELSEWHERE, _whole
+from medvlm.sample import Sample
 
 SETS = ("xray_covid", "fundus_chase", "path_bccd", "path_dsb_nuclei", "vol_totalseg", "vol_deeplesion", "dicom_series", "vqa_rad")
 MOST = 20
@@ -75,6 +79,27 @@ def kinds(model, data: Path, split: str) -> list[dict]:
             refused = model.scope(bare)
             said = None if refused else max((n for n in model._chances(bare) if n.startswith("modality:")), key=model._chances(bare).get)
             found.append({"set": name, "id": row["id"], "modality": row["modality"], "said": said, "value": float(said == f"modality:{row['modality']}")})
+    return found
+
+
+def parts(model, data: Path, split: str) -> list[dict]:
+    found = []
+
+    def told(name: str, row: dict, shown: Image | Volume, true: dict[str, str]) -> None:
+        chances = model._chances(shown)
+        for group, own in true.items():
+            said = max((n for n in chances if n.startswith(f"{group}:")), key=chances.get).partition(":")[2]
+            found.append({"set": name, "id": row["id"], "group": group, "true": own, "said": said, "value": float(said == own)})
+
+    for name, row, image in pictures(data, SETS, split):
+        if row["modality"] not in ELSEWHERE:
+            continue
+        known = dict(n.split(":") for n in _whole(case_of([replace(s, images={image.id: image}) for s in manifest.row_samples(row)])))
+        told(name, row, image, {g: n for g, n in known.items() if g in ("part", "view", "eye") or g == "plane" and isinstance(image, Image)})
+        if isinstance(image, Volume):
+            for plane in PLANES:
+                for (one,) in sliced([Sample("volume", images={image.id: image})], 3, plane):
+                    told(name, row, next(iter(one.images.values())), {"plane": plane})
     return found
 
 
@@ -251,12 +276,12 @@ def main():
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="medvlm-tiny")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--only", nargs="*", default=["kind", "names", "absent", "mirror", "border", "calibration", "forms"])
+    parser.add_argument("--only", nargs="*", default=["kind", "parts", "names", "absent", "mirror", "border", "calibration", "forms"])
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     model = medvlm.load(args.model)
     args.out.mkdir(parents=True, exist_ok=True)
-    checks = {"kind": (kinds, "modality"), "names": (names, "modality"), "absent": (absent, "modality"), "mirror": (mirrors, "set"), "forms": (forms, "form")}
+    checks = {"kind": (kinds, "modality"), "parts": (parts, "group"), "names": (names, "modality"), "absent": (absent, "modality"), "mirror": (mirrors, "set"), "forms": (forms, "form")}
     tables = {"border": border, "calibration": calibration}
     record, lines = {}, ["| check | slice | right (%), or the figure named | 95 % interval | n |", "| --- | --- | --- | --- | --- |"]
     for name in args.only:

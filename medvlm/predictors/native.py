@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -204,7 +204,7 @@ class NativeModel(Model):
         """(text, probability, choices) by the heads; None where what they have drawn does not tell."""
         if wanted.group not in ("place", "where", "size", "count"):
             return known.answer(wanted, self._chances(picture), lambda target: self.presence(picture, [target])[0])
-        base = Sample("drawn", images={picture.id: picture}, meta={"labels": {"view": self._view(picture)}})
+        base = Sample("drawn", images={picture.id: picture})
         if wanted.name not in self.targets:
             regions = [r for r in self._boxed(picture) if r.label == wanted.name]
             case = case_of([replace(base, regions=tuple(r for r in regions if r.probability >= survey.COUNTED))])
@@ -212,13 +212,17 @@ class NativeModel(Model):
         beside = ("right lung", "left lung", "spinal cord") if wanted.group in ("place", "where") else ()
         learnt = self.vlm.config.about["outlined"][self._kind(picture)]
         own, *others = self._outline(picture, tuple(dict.fromkeys((wanted.name, *(t for t in beside if t in learnt)))))
+        base = replace(base, meta={"labels": {"view": self._view(picture, {s.label: s.mask for s in others})}})
         case = case_of([replace(base, masks=(Mask(picture.id, s.label, s.mask),)) for s in (own, *others)])
         return known.measured(wanted, case, own.present, next(map(survey.amount, survey.sizes(own)), None))
 
-    def _view(self, picture: Image | Volume) -> str | None:
-        """The projection that an X-ray looks like, by which its sides are the patient's."""
+    def _view(self, picture: Image | Volume, lungs: Mapping[str, np.ndarray]) -> str | None:
+        """The projection that an X-ray looks like, by which its sides are the patient's; None where the lungs do not lie as they do on a film that nobody mirrored."""
+        sides = [lungs[f"{side} lung"].any(0) for side in ("right", "left") if f"{side} lung" in lungs]
+        if len(sides) < 2 or not all(s.any() for s in sides) or np.flatnonzero(sides[0]).mean() >= np.flatnonzero(sides[1]).mean():
+            return None
         views = {n.partition(":")[2]: p for n, p in self._chances(picture).items() if n.startswith("view:")}
-        return max(views, key=views.get) if views and self._kind(picture) == "xray" else None
+        return max(views, key=views.get) if views else None
 
     def _kind(self, picture: Image | Volume) -> str:
         """The picture's modality, or where nobody says it the one that it looks like."""
@@ -641,9 +645,10 @@ class NativeModel(Model):
         """Each target from its own [SEG] state; an empty mask where it is more likely absent."""
         if self.vlm.lm is None:
             raise ModelError(f"{self.name} outlines no named target: it has no language model", "UNSUPPORTED_VERB", "give points or boxes")
-        if self._sliced(picture):
-            return self._stacked(picture, targets)
-        return self._drawn({picture.id: picture}, _outlining(targets), targets)
+        around = {t: outer for t, outer in self.vlm.config.about.get("within", {}).get(self._kind(picture), {}).items() if t in targets}
+        wanted = tuple(dict.fromkeys((*targets, *around.values())))
+        drawn = dict(zip(wanted, self._stacked(picture, wanted) if self._sliced(picture) else self._drawn({picture.id: picture}, _outlining(wanted), wanted)))
+        return [self._settled(drawn[t], drawn.get(around.get(t))) for t in targets]
 
     def presence(self, picture: Image | Volume, targets: Sequence[str]) -> list[float]:
         """Calibrated chance that each target is in the picture, or in any of a volume's slices; nothing is drawn."""
@@ -665,20 +670,27 @@ class NativeModel(Model):
             for k, (frame, each) in enumerate(zip(frames, maps)):
                 masks[:, start + k] = frame.masks(each)
         own = [np.ascontiguousarray(turned(m, UPRIGHT, volume.orientation)) for m in masks]
-        return [Segmentation(volume, t, self._whole(t, m) if c >= PRESENT else np.zeros_like(m), c) for t, m, c in zip(targets, own, chances)]
+        return [Segmentation(volume, t, m if c >= PRESENT else np.zeros_like(m), c) for t, m, c in zip(targets, own, chances)]
 
-    def _whole(self, target: str, mask: np.ndarray) -> np.ndarray:
-        """A mask without its islands where the target is of one piece (``about["whole"]``)."""
-        if target not in self.vlm.config.about.get("whole", ()) or not mask.any():
-            return mask
-        largest, *others = _parts(mask)
-        return np.logical_or.reduce([largest, *(p for p in others if p.sum() >= ISLAND * largest.sum())])
+    def _settled(self, drawn: Segmentation, around: Segmentation | None = None) -> Segmentation:
+        """An outline as it is given: of what lies within another (``about["within"]``: lungs in the body, not in the air beside it) without the parts that
+        lie outside it, and there the less surely the more of it lies outside; of what is of one piece (``about["whole"]``) without islands."""
+        mask, chance = drawn.mask, drawn.present
+        if around is not None and around.mask.any() and mask.any():
+            parts = _parts(mask)
+            inside = [p for p in parts if 2 * (p & around.mask).sum() >= p.sum()]
+            chance *= float(sum(p.sum() for p in inside) / sum(p.sum() for p in parts))
+            mask = _joint(inside if chance >= PRESENT else (), mask)
+        if drawn.label in self.vlm.config.about.get("whole", ()) and mask.any():
+            largest, *others = _parts(mask)
+            mask = _joint((largest, *(p for p in others if p.sum() >= ISLAND * largest.sum())), mask)
+        return replace(drawn, mask=mask, present=chance)
 
     def _named(self, images: Mapping[str, Image | Volume], turns: Sequence[Turn], text: str) -> tuple[Region, ...]:
         """What the marks of an answer outline on the first image, each called as the words before it call it; what is absent is left out."""
         said = [" ".join(words.split()) for words in text.split(SEG)[:-1]]
         known = [max((t for t in self.targets if t.lower() in w.lower()), key=lambda t: w.lower().rfind(t.lower()), default=w) for w in said]
-        return tuple(s.region for s in self._drawn(images, [(*turns, Turn("assistant", text))], known) if s.mask.any())
+        return tuple(s.region for s in map(self._settled, self._drawn(images, [(*turns, Turn("assistant", text))], known)) if s.mask.any())
 
     @torch.no_grad()
     def _drawn(self, images: Mapping[str, Image | Volume], conversations: Sequence[Sequence[Turn]], targets: Sequence[str]) -> list[Segmentation]:
@@ -687,7 +699,7 @@ class NativeModel(Model):
         prompts, chances = self._prompts_of(images, conversations, targets)
         there = [k for k, c in enumerate(chances) if c >= PRESENT]
         logits, frame = self._draw(picture, prompts, there) if there else ((), None)
-        masks = dict(zip(there, (self._whole(targets[k], frame.masks(each[None])[0]) for k, each in zip(there, logits))))
+        masks = dict(zip(there, (frame.masks(each[None])[0] for each in logits)))
         return [Segmentation(picture, t, masks[k] if k in masks else np.zeros(picture.shape[1:], bool), chances[k]) for k, t in enumerate(targets)]
 
     @torch.no_grad()
@@ -873,12 +885,16 @@ def cardiothoracic_ratio(outlines: Mapping[str, Segmentation]) -> float | None:
 
 
 def _parts(mask: np.ndarray, least: float = 0.02) -> list[np.ndarray]:
-    """Connected parts, largest first; specks below ``least`` of the whole are left out."""
+    """Connected parts, largest first; but for the largest, specks below ``least`` of the whole are left out."""
     from scipy.ndimage import label
 
     numbered, count = label(mask)
     sizes = np.bincount(numbered.ravel(), minlength=count + 1)[1:]
-    return [numbered == k + 1 for k in np.argsort(-sizes) if sizes[k] >= least * mask.sum()]
+    return [numbered == k + 1 for rank, k in enumerate(np.argsort(-sizes)) if rank == 0 or sizes[k] >= least * mask.sum()]
+
+
+def _joint(parts: Iterable[np.ndarray], mask: np.ndarray) -> np.ndarray:
+    return np.logical_or.reduce([np.zeros_like(mask), *parts])
 
 
 def _words(name: str) -> str:

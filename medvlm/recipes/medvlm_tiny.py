@@ -39,6 +39,8 @@ ELSEWHERE = {"xray": (*CT[4:], "vessels", "nuclei"), "ct": ("vessels", "nuclei")
 """{modality: what no such picture shows}."""
 WHOLE = ("right lung", "left lung", "heart and mediastinum", "body", "liver", "spleen", "right kidney", "left kidney", "gallbladder", "stomach", "pancreas", "aorta")
 """What is of one piece: islands that are much smaller than the largest are no part of it."""
+WITHIN = {"ct": {"right lung": "body", "left lung": "body"}}
+"""{modality: {what: what it lies within}}: the air beside a body is as dark as a lung."""
 CELLS = ("RBC", "WBC", "platelets")
 FINDINGS = ("COVID-19 pneumonia", "bacterial pneumonia", "pneumonia", "ARDS", "ground-glass opacity", "consolidation",
             "pleural effusion", "pneumothorax", "cardiomegaly", "endotracheal tube", "nasogastric tube",
@@ -87,7 +89,7 @@ def model(tokenizer, size: int = 256, backbone: str = "regnetx_004", dim: int = 
         },
         {
             "name": "medvlm-tiny", "version": "0.2.0", "routes": {"*": "picture"}, "reads": [*GROUPS["modality"], "ct_or_mr"],
-            "targets": list(TARGETS), "findings": list(REPORTED), "outlined": {m: list(t) for m, t in OUTLINED.items()}, "whole": list(WHOLE),
+            "targets": list(TARGETS), "findings": list(REPORTED), "outlined": {m: list(t) for m, t in OUTLINED.items()}, "whole": list(WHOLE), "within": WITHIN,
             "zoom": ZOOM, "scale": SCALE, "unsided": ["fundus", "pathology"], "boxed": ["pathology"], "slices": 4,
         },
     )  # fmt: skip

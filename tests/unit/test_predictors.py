@@ -75,6 +75,9 @@ def test_the_cardiothoracic_ratio_by_hand():
 def test_connected_parts_come_largest_first_without_specks():
     mask = box(0, 0, 10, 10) | box(12, 0, 20, 10) | box(0, 30, 1, 31)
     assert [int(p.sum()) for p in _parts(mask)] == [100, 80] and _parts(np.zeros((3, 3), bool)) == []
+    specks = np.zeros((20, 20), bool)
+    specks[::2, ::2] = True  # 100 of them, each a hundredth of the whole
+    assert [int(p.sum()) for p in _parts(specks)] == [1]
 
 
 def refused(call) -> MedVLMError:

@@ -1,5 +1,7 @@
 """Volumes read slice by slice by a model of single pictures; what heads answer; reports of other kinds of picture."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -65,16 +67,34 @@ def test_what_no_picture_of_its_kind_shows_is_absent_however_sure_the_decoder_is
     assert model.segment(Study("s", None, (scan(),)), "left lung").present > 0.5
 
 
-def test_islands_are_no_part_of_what_is_of_one_piece(model):
+def test_islands_are_no_part_of_what_is_of_one_piece(model, monkeypatch):
     mask = np.zeros((20, 30), bool)
     mask[2:12, 2:12], mask[2:8, 20:26], mask[15:18, 3:6] = True, True, True  # 100, 36 and 9 pixels
-    assert np.array_equal(model._whole("left lung", mask), mask)  # unless the model says so
-    model.vlm.config.about["whole"] = ["left lung"]
-    try:
-        found = model._whole("left lung", mask)
-    finally:
-        del model.vlm.config.about["whole"]
-    assert found.sum() == 136 and not found[15:18].any() and not model._whole("left lung", mask & False).any()
+    settled = lambda mask: model._settled(Segmentation(tiny.picture(), "left lung", mask, 0.9)).mask  # noqa: E731
+    assert np.array_equal(settled(mask), mask)  # unless the model says so
+    monkeypatch.setitem(model.vlm.config.about, "whole", ["left lung"])
+    assert settled(mask).sum() == 136 and not settled(mask)[15:18].any() and not settled(mask & False).any()
+
+
+def test_parts_outside_what_it_lies_within_are_no_part_of_it(model):
+    lung, body = np.zeros((2, 20, 30), bool)
+    lung[2:12, 2:12], lung[2:12, 20:30], body[:, :9] = True, True, True  # 100 pixels of which 70 are in the body, and 100 beside it
+    both, inside = Segmentation(tiny.picture(), "left lung", lung, 0.9), Segmentation(tiny.picture(), "body", body, 1.0)
+    found = model._settled(both, inside)
+    assert found.present == pytest.approx(0.45) and not found.mask.any()
+    lung[7:12, 20:30] = False
+    found = model._settled(both, inside)
+    assert found.present == pytest.approx(0.6) and np.array_equal(found.mask[:, :15], lung[:, :15]) and not found.mask[:, 15:].any()
+    assert np.array_equal(model._settled(both, replace(inside, mask=~body & False)).mask, lung)  # nothing was drawn that it could lie within
+
+
+def test_lungs_are_asked_to_lie_within_the_body(model, monkeypatch):
+    monkeypatch.setitem(model.vlm.config.about, "within", {"ct": {"right lung": "left lung"}})
+    seen = []
+    monkeypatch.setattr(NativeModel, "_settled", lambda self, one, around=None: (seen.append((one.label, around and around.label)), one)[1])
+    model.segment(Study("s", None, (scan(),)), "lungs")
+    model.segment(tiny.picture(), "right lung")  # an X-ray shows no body apart
+    assert seen == [("right lung", "left lung"), ("left lung", None), ("right lung", None)]
 
 
 def test_what_is_in_no_slice_is_absent(model):
@@ -148,6 +168,14 @@ def test_sizes_and_places_are_told_by_outlines(model):
     held = [(drawn & lung).sum() for lung in lungs]
     told = model.ask(Study("s", None, (picture,)), "Is the consolidation in the left lung?")
     assert min(held) > 0 and told.choices["yes"] == pytest.approx(model.presence(picture, ["consolidation"])[0] * held[1] / sum(held), abs=1e-5)
+
+
+def test_a_mirrored_film_has_no_sides_of_its_own(model, monkeypatch):
+    monkeypatch.setattr(NativeModel, "_chances", lambda *_: {"view:PA": 0.3, "view:AP": 0.7})
+    one, other = np.zeros((2, 10, 20), bool)
+    one[2:8, 2:8], other[2:8, 12:18] = True, True
+    view = lambda **lungs: model._view(tiny.picture(), {f"{side} lung": mask for side, mask in lungs.items()})  # noqa: E731
+    assert view(right=one, left=other) == "AP" and view(right=other, left=one) is None and view(right=one) is None and view(right=one, left=other & False) is None
 
 
 def test_points_are_set_on_pictures(model):
