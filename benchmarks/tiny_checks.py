@@ -20,7 +20,6 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +93,7 @@ def parts(model, data: Path, split: str) -> list[dict]:
     for name, row, image in pictures(data, SETS, split):
         if row["modality"] not in ELSEWHERE:
             continue
-        known = dict(n.split(":") for n in _whole(case_of([replace(s, images={image.id: image}) for s in manifest.row_samples(row)])))
+        known = dict(n.split(":") for n in _whole(case_of(list(manifest.row_samples(row)))))
         told(name, row, image, {g: n for g, n in known.items() if g in ("part", "view", "eye") or g == "plane" and isinstance(image, Image)})
         if isinstance(image, Volume):
             for plane in PLANES:

@@ -280,6 +280,12 @@ def places(case: Case, name: str) -> Iterator[Place]:
             yield Place(said, best, tuple(k for k in held if k == best or kind != "quarter" or not held[k]), kind)
 
 
+def where(case: Case, name: str) -> str | None:
+    """The first of :func:`places` in words, or "in both lungs"; None where it lies in none surely."""
+    first = next(places(case, name), None)
+    return "in both lungs" if side(case, name) == "both" else first and first.said.format(first.true)
+
+
 def side(case: Case, name: str) -> str | None:
     """The patient's side on which an outlined or boxed finding or structure lies: "right", "left", "both" lungs; None where unknown."""
     array = case.outlines.get(name, case.boxes.get(name))

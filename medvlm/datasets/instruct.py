@@ -249,11 +249,9 @@ def _locate(told: _Told) -> Iterator[_Talk]:
     if "locate" not in told.kinds:
         return
     for name in told.drawn:
-        where = list(facts.places(told.case, name))
-        best = "in both lungs" if facts.side(told.case, name) == "both" else where[0].said.format(where[0].true) if where else ""
-        if best:
+        if best := facts.where(told.case, name):
             yield _Talk("locate", _ask(told, "where", name), f"{best[0].upper()}{best[1:]}.")
-        for place in where:
+        for place in facts.places(told.case, name):
             for option in place.options:
                 yield _Talk("locate", _ask(told, "there", name, place=place.said.format(option)), _yes(option == place.true))
     for name in told.missed:

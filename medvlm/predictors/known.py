@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from ..datasets.facts import BOTH, LUNGS, MODALITY_NAMES, MOST, Case, shares
+from ..datasets.facts import LUNGS, MODALITY_NAMES, Case, shares, where
 from ..datasets.sentences import many, spoken, word
 
 WORDS: Mapping[str, Mapping[str, str]] = {
@@ -78,7 +78,6 @@ def asked(question: str, groups: Mapping[str, Sequence[str]], findings: Sequence
     >>> asked("Is there a pneumothorax on the left?", {}, ("pneumothorax",), ())
     """
     plain = _HOW.sub("", " ".join(question.strip().split()))
-    called = aliases or {}
     for group, pattern in _WHICH.items():
         if group in groups and pattern.search(plain):
             return Asked(group, None)
@@ -100,7 +99,7 @@ def asked(question: str, groups: Mapping[str, Sequence[str]], findings: Sequence
             if place is not None and not (_SIDED.match(place) or _QUARTER.match(place)):
                 continue
             names = {"size": targets, "count": boxed}.get(kind, (*targets, *boxed))
-            if hit := _named(what, names, called):
+            if hit := _named(what, names, aliases or {}):
                 return Asked(kind, hit, place)
     return None
 
@@ -158,14 +157,11 @@ def _share(wanted: Asked, case: Case) -> float | None:
 
 def _where(wanted: Asked, case: Case) -> str | None:
     """The place that holds most of it: "in both lungs", "in the left lung", "mostly in the upper left quarter of the picture"."""
-    for said, kind, held in shares(case, wanted.name):
+    if sure := where(case, wanted.name):
+        return sure
+    for said, _, held in (way for way in shares(case, wanted.name) if way[1] == "quarter"):
         best = max(held, key=held.__getitem__)
-        if kind == "lung" and 1 - held[best] >= BOTH:
-            return "in both lungs"
-        if kind == "lung" or held[best] >= MOST:
-            return said.format(best)
-        if kind == "quarter":
-            return f"mostly {said.format(best)}" if held[best] > 0.5 else f"in more than one quarter of the{said.partition(' of the')[2]}"
+        return f"mostly {said.format(best)}" if held[best] > 0.5 else f"in more than one quarter of the{said.partition(' of the')[2]}"
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -675,16 +675,17 @@ class NativeModel(Model):
     def _settled(self, drawn: Segmentation, around: Segmentation | None = None) -> Segmentation:
         """An outline as it is given: of what lies within another (``about["within"]``: lungs in the body, not in the air beside it) without the parts that
         lie outside it, and there the less surely the more of it lies outside; of what is of one piece (``about["whole"]``) without islands."""
-        mask, chance = drawn.mask, drawn.present
-        if around is not None and around.mask.any() and mask.any():
-            parts = _parts(mask)
-            inside = [p for p in parts if 2 * (p & around.mask).sum() >= p.sum()]
-            chance *= float(sum(p.sum() for p in inside) / sum(p.sum() for p in parts))
-            mask = _joint(inside if chance >= PRESENT else (), mask)
-        if drawn.label in self.vlm.config.about.get("whole", ()) and mask.any():
-            largest, *others = _parts(mask)
-            mask = _joint((largest, *(p for p in others if p.sum() >= ISLAND * largest.sum())), mask)
-        return replace(drawn, mask=mask, present=chance)
+        whole, apart = drawn.label in self.vlm.config.about.get("whole", ()), around is not None and around.mask.any()
+        if not (whole or apart) or not drawn.mask.any():
+            return drawn
+        kept, chance = _parts(drawn.mask), drawn.present
+        if apart:
+            every, kept = kept, [p for p in kept if 2 * (p & around.mask).sum() >= p.sum()]
+            chance *= float(sum(p.sum() for p in kept) / sum(p.sum() for p in every))
+            kept = kept if chance >= PRESENT else []
+        if whole:
+            kept = [p for p in kept if p.sum() >= ISLAND * kept[0].sum()]
+        return replace(drawn, mask=np.logical_or.reduce([np.zeros_like(drawn.mask), *kept]), present=chance)
 
     def _named(self, images: Mapping[str, Image | Volume], turns: Sequence[Turn], text: str) -> tuple[Region, ...]:
         """What the marks of an answer outline on the first image, each called as the words before it call it; what is absent is left out."""
@@ -891,10 +892,6 @@ def _parts(mask: np.ndarray, least: float = 0.02) -> list[np.ndarray]:
     numbered, count = label(mask)
     sizes = np.bincount(numbered.ravel(), minlength=count + 1)[1:]
     return [numbered == k + 1 for rank, k in enumerate(np.argsort(-sizes)) if rank == 0 or sizes[k] >= least * mask.sum()]
-
-
-def _joint(parts: Iterable[np.ndarray], mask: np.ndarray) -> np.ndarray:
-    return np.logical_or.reduce([np.zeros_like(mask), *parts])
 
 
 def _words(name: str) -> str:
