@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
@@ -13,14 +12,13 @@ from ..imaging.scan import Image
 from ..sample import Mask, Sample
 
 
-def windowed(group: Sequence[Sample], side: int, overlap: float = 0.5, turned: bool = False) -> Iterator[list[Sample]]:
+def windowed(group: Sequence[Sample], side: int, overlap: float = 0.5) -> Iterator[list[Sample]]:
     """The samples of a row about windows of ``side`` pixels that together cover its picture, one list a window.
 
     Masks are cut with the picture, and stay where they are empty; questions, regions and what is said of the whole are left out.
     Its row is ROW@TOP,LEFT. A picture smaller than ``side`` along an axis gives windows as long as it is.
 
-    overlap: share of a window that the next one shows too. turned: each window is turned by a quarter or mirrored as its name
-    decides, for pictures of which no side is ever named.
+    overlap: share of a window that the next one shows too.
     """
     first = group[0]
     (picture,) = first.images.values()
@@ -28,10 +26,8 @@ def windowed(group: Sequence[Sample], side: int, overlap: float = 0.5, turned: b
     masks = [m for s in group for m in s.masks if m.image == picture.id]
     for top, left in product(_starts(high, side, overlap), _starts(wide, side, overlap)):
         name = f"{row}@{top},{left}"
-        quarter = hashlib.sha256(name.encode()).digest()[0] % 8 if turned else 0
-        cut = lambda array: _turned(array[..., top : top + side, left : left + side], quarter)  # noqa: B023, E731
-        spacing = picture.spacing[::-1] if picture.spacing and quarter % 2 else picture.spacing
-        image = Image(picture.id, cut(picture.pixels), spacing, picture.modality, picture.unit, dict(picture.info))
+        cut = lambda array: np.ascontiguousarray(array[..., top : top + side, left : left + side])  # noqa: B023, E731
+        image = Image(picture.id, cut(picture.pixels), picture.spacing, picture.modality, picture.unit, dict(picture.info))
         base = Sample(name, first.patient, {image.id: image}, meta={"row": name, "split": first.meta.get("split")})
         yield [base, *(replace(base, id=f"{name}/{m.label}", masks=(Mask(image.id, m.label, cut(m.array)),)) for m in masks)]
 
@@ -41,9 +37,3 @@ def _starts(length: int, side: int, overlap: float) -> list[int]:
         return [0]
     count = 1 + int(np.ceil((length - side) / (side * (1 - overlap))))
     return np.linspace(0, length - side, count).round().astype(int).tolist()
-
-
-def _turned(array: np.ndarray, quarter: int) -> np.ndarray:
-    """One of the eight ways to lay a square: turned by quarters, from the fourth on mirrored too."""
-    array = np.rot90(array, quarter % 4, (-2, -1))
-    return np.ascontiguousarray(array[..., ::-1] if quarter >= 4 else array)

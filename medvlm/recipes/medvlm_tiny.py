@@ -21,7 +21,8 @@ from ..datasets.sentences import spoken, word
 from ..datasets.slices import sliced
 from ..datasets.windows import windowed
 from ..errors import ModelError
-from ..imaging.scan import Volume
+from ..imaging import window
+from ..imaging.scan import Image, Volume
 from ..sample import Mask, Sample, Turn
 from ..vlm import MedVLMConfig
 from . import towers
@@ -56,6 +57,8 @@ ZOOM, SCALE = {"fundus": 5.85}, {"pathology": 1.5}
 shows the eye as large, and pixels of the input for one of the picture."""
 WINDOW = 170
 """Pixels of the training pictures in a window of 256, which is both of these."""
+SHOWN = ((40.0, 400.0), (40.0, 80.0), (-600.0, 1500.0), (400.0, 1800.0))
+"""Windows through which slices of CT are exported as pictures: soft tissue, brain, lung, bone."""
 COMPLETE = 10
 """A label map with so many names leaves out nothing of ``CT`` that it shows, if it is made, or so many are of ``CT``: some maps are of one aorta's parts."""
 PATIENTS = 5
@@ -88,7 +91,7 @@ def model(tokenizer, size: int = 256, backbone: str = "regnetx_004", dim: int = 
             "language": {"lm": towers.language(tokenizer, None, dim, layers)},
         },
         {
-            "name": "medvlm-tiny", "version": "0.2.0", "routes": {"*": "picture"}, "reads": [*GROUPS["modality"], "ct_or_mr"],
+            "name": "medvlm-tiny", "version": "0.3.0", "routes": {"*": "picture"}, "reads": [*GROUPS["modality"], "ct_or_mr"],
             "targets": list(TARGETS), "findings": list(REPORTED), "outlined": {m: list(t) for m, t in OUTLINED.items()}, "whole": list(WHOLE), "within": WITHIN,
             "zoom": ZOOM, "scale": SCALE, "unsided": ["fundus", "pathology"], "boxed": ["pathology"], "slices": 4,
         },
@@ -110,18 +113,30 @@ def samples(group: list[Sample], name: str, split: str) -> Iterator[Sample]:
     first = group[0]
     image = next(iter(first.images.values()))
     if part == "windows":
-        for one in windowed(group, WINDOW, turned=split == "train"):
-            yield from instruct.conversations(one, OUTLINED[image.modality], (), kinds=("segment",), absent=OUTLINED[image.modality], variety=0)
+        for one in windowed(group, WINDOW):
+            for s in instruct.conversations(one, OUTLINED[image.modality], (), kinds=("segment",), absent=OUTLINED[image.modality], variety=0):
+                yield replace(s, meta={**s.meta, "unsided": True})
     elif isinstance(image, Volume):
         whole, complete = _joined(group)
         for plane, count in (("axial", 5 if first.meta.get("synthetic") else 15), ("coronal", 2), ("sagittal", 2)):
-            for one in sliced(whole, count, plane):
+            for number, one in enumerate(sliced(whole, count, plane)):
                 yield from _conversations(one, complete)
+                if split == "train" and image.unit == "HU" and number % 2 == 0:
+                    yield from _conversations(_exported(one, SHOWN[number // 2 % len(SHOWN)]), complete)
     else:
         talks = list(_conversations(group))
         yield from talks
         if split == "train" and (part == "outlined" or name == "fundus_chase"):  # few pictures, of which sides are learnt
             yield from _mirrored(talks)
+
+
+def _exported(group: list[Sample], view: tuple[float, float]) -> list[Sample]:
+    """Slices of CT as they come out of a viewer: bytes through one window (centre, width), of which nobody knows the HU any more."""
+    first = group[0]
+    (image,) = first.images.values()
+    pixels = np.round(np.clip(window.apply(image.pixels, *view), 0, 1) * 255).astype(np.uint8)
+    made = Image(image.id, pixels, image.spacing, image.modality, "uint8", {k: v for k, v in image.info.items() if k == "affine"})
+    return [replace(s, id=f"{s.id}!", images={made.id: made}, meta={**s.meta, "row": f"{s.meta['row']}!"}) for s in group]
 
 
 def _mirrored(talks: list[Sample]) -> Iterator[Sample]:
@@ -282,8 +297,8 @@ RECIPE = Recipe(
     samples=samples,
     tokenizer=towers.vocabulary,
     stages=(
-        Stage("see", "outline+classify+box", SEEING, OUTLINES, lr=2e-3, steps=2400, batch=16, turns=0, augment=1.3, warmup=150, every=600),
-        Stage("speak", "lm+mask", SPEAKING, ANSWERS, lr=1e-3, steps=500, batch=12, turns=4, augment=0.8, warmup=50, every=250,
+        Stage("see", "outline+classify+box", SEEING, OUTLINES, lr=2e-3, steps=5200, batch=16, turns=0, augment=1.0, warmup=150, every=1300),
+        Stage("speak", "lm+mask", SPEAKING, ANSWERS, lr=1e-3, steps=600, batch=12, turns=4, augment=0.8, warmup=50, every=300,
               kinds={"segment": 4.0, "asked": 3.0, "finding": 1.5, "describe": 0.7, "modality": 0.7, "view": 0.7, "plane": 0.5, "organ": 0.7, "abnormal": 0.5,
                      "count": 0.3, "facts": 0.3, "text": 1.0}),
         Stage("match", "clip", {"encoders.text.*": 1.0, "heads.contrast.*": 1.0}, {k: v for k, v in OUTLINES.items() if "/" not in k}, lr=1e-3, steps=120,

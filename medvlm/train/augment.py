@@ -1,7 +1,7 @@
 """Random moves and grey values of what an encoder is about to see: pictures by albumentations, volumes by MONAI, one spec for both.
 
-Nothing is flipped, ever: left and right stand in words too (:mod:`medvlm.datasets.mirror` exchanges both). What comes in at an
-edge is black, never a reflection, which would show an organ twice and on the wrong side.
+Nothing is flipped: left and right stand in words too (:mod:`medvlm.datasets.mirror` exchanges both). Only what nobody names a side
+of is :func:`laid` another way. What comes in at an edge is black, never a reflection, which would show an organ twice and on the wrong side.
 """
 
 from __future__ import annotations
@@ -131,6 +131,14 @@ class Augmentation:
             picture += np.float32(NOISE[1] * self.strength) * lot.standard_normal(picture.shape, np.float32)
         np.clip(picture, 0, 1, out=picture)
         return np.power(picture, np.float32(gamma), out=picture)
+
+
+def laid(array: np.ndarray, way: int) -> np.ndarray:
+    """(..., H, W) in one of the eight ways to lay a square: turned by ``way`` % 4 quarters, from the fourth on mirrored too; what is not square
+    is never turned by an odd number of quarters."""
+    square = array.shape[-2] == array.shape[-1]
+    array = np.rot90(array, way % 4 if square else way % 2 * 2, (-2, -1))
+    return np.ascontiguousarray(array[..., ::-1] if way >= 4 else array)
 
 
 def _boxes(boxes: np.ndarray, linear: np.ndarray, shift: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

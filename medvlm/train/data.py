@@ -17,7 +17,7 @@ from ..language import Batch, Encoded, bins, caption, collate, encode
 from ..preprocess import to_tensor
 from ..sample import SEG, Mask, Sample, Turn
 from ..vlm import MedVLM
-from .augment import Augmentation
+from .augment import Augmentation, laid
 
 CAPTIONS = ("caption", "report", "facts")
 """Kinds of conversation whose answer is a text about the whole image: what a contrastive objective pairs it with."""
@@ -47,7 +47,8 @@ class Case:
     the image's first encoder. on (image id), weak, present, names (index into the mask head's labels, -1 for others): one a
     mask. labels: of the first image, NaN unknown. captions: tokens of texts about it. objects: (n, 2, rank) corners of boxes
     in the input of the first image, kinds (n,) index into the box head's labels; None where nobody marked them all.
-    mirrored: it shows the mirror image, with words and sides exchanged.
+    mirrored: it shows the mirror image, with words and sides exchanged. unsided: of a picture without boxes nobody names a side,
+    so that it may be laid any way (``meta["unsided"]``).
     """
 
     pictures: dict[str, list[tuple[str, Tensor]]]
@@ -62,6 +63,7 @@ class Case:
     captions: list[list[int]] = field(default_factory=list)
     objects: tuple[np.ndarray, np.ndarray] | None = None
     mirrored: bool = False
+    unsided: bool = False
 
     @property
     def size(self) -> int:
@@ -91,7 +93,7 @@ def _case(model: MedVLM, tokenizer, row: str, members: Sequence[Sample]) -> Case
     first = next(iter(pictures.values()))[0][0] if pictures else None
     classify, mask, box = (model.head(kind, first) if first else None for kind in ("classify", "mask", "box"))
     names = classify.labels if classify is not None else model.config.about.get("labels", ())
-    case = Case(pictures, known(members[0].labels, names), row)
+    case = Case(pictures, known(members[0].labels, names), row, unsided=bool(members[0].meta.get("unsided")))
     for sample in members:
         turn = Turnset(None, kind := sample.meta.get("kind", "asked" if pictures else "text"), still=not STILL.isdisjoint((kind, *sample.meta.get("kinds", ()))))
         marks = sum(t.text.count(SEG) for t in sample.turns if t.role == "assistant")
@@ -169,6 +171,9 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
                 if strength:
                     array, targets, corners, kept = Augmentation(picture.ndim - 1, strength)(array, targets, corners, seed, move)
                     marks = marks[kept]
+                    if case.unsided:
+                        way = seed % 8
+                        array, targets = laid(array, way), laid(targets, way)
                 moved |= zip(mine, torch.from_numpy(np.ascontiguousarray(targets)))
                 if order == k == 0:
                     drawn += [(len(pictures[encoder]), label, case.weak[t], moved[t] if case.present[t] else None) for label, t in named.items()]
