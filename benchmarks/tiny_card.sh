@@ -13,8 +13,9 @@ score nuclei segment path_dsb_nuclei
 score organs segment dicom_series
 score cells ground path_bccd
 score questions vqa vqa_rad --no-image
+score films vqa xray_covid --no-image
 score probes balanced_probe . --no-image
-for what in "questions vqa vqa_rad" "probes balanced_probe ."; do
+for what in "questions vqa vqa_rad" "films vqa xray_covid" "probes balanced_probe ."; do
     beside $what prior blind:prior
     beside $what blind "blind:$model"
 done

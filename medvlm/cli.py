@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .errors import MedVLMError, UsageError
 
-FAILED = {"CANNOT_WRITE", "SERVER_ERROR"}
+FAILED = {"CANNOT_WRITE", "SERVER_ERROR", "OUT_OF_MEMORY", "DISK_FULL"}
 """Codes that mean the input was good and the work failed (exit status 1)."""
 
 
@@ -88,11 +88,11 @@ def analyze(args: argparse.Namespace) -> int:
         try:
             study = read(args.study[0], args.policy, modality=args.modality, study=args.study_id)
         except ChoiceError as e:
-            if e.code != "MANY_STUDIES":
+            if e.code != "MANY_STUDIES" or args.image:
                 raise
     model = _model(args)
     if study is not None:
-        record = analyze(study, model, args.out, args.image)
+        record = analyze(study, model, args.out, args.image, {"policy": args.policy, "modality": args.modality})
         print(json.dumps(record) if args.json else f"{spoken(record)}\nwritten to {args.out}")
         return 0
     from tqdm import tqdm
@@ -240,7 +240,7 @@ def train_arguments(parser: Parser) -> None:
     parser.add_argument("--shard", action="store_true", help="split the parameters over the processes that torchrun starts (FSDP2)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images and rows that are bad, and list them in RUN/skipped.jsonl")
     parser.add_argument("--allow-leaks", action="store_true", help="train although a patient or a picture is in train and in val")
-    parser.add_argument("--device", help="cpu to stay off the GPU")
+    parser.add_argument("--device", help="cpu to stay off the GPU, cuda to refuse a machine without one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -350,7 +350,7 @@ def shard_arguments(parser: Parser) -> None:
     parser.add_argument("--size", type=int, default=256, metavar="MB", help="a shard is closed at so many megabytes (default: 256) ...")
     parser.add_argument("--entries", type=int, default=10_000, metavar="N", help="... or rows (default: 10000)")
     parser.add_argument("--split", nargs="+", default=[], choices=("train", "val", "test"), help="only these (default: all rows)")
-    parser.add_argument("--split-by-patient", metavar="TRAIN,VAL,TEST", help="give rows a split where none names one, e.g. 0.8,0.1,0.1: all of a patient the same")
+    parser.add_argument("--split-by-patient", metavar="TRAIN,VAL,TEST", help="give every row a split, e.g. 0.8,0.1,0.1, all of a patient the same; refused where a row names one")
     parser.add_argument("--seed", type=int, default=0, help="of --split-by-patient (default: 0)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out rows and texts that are bad, and list them in shards.json")
     parser.add_argument("--json", action="store_true", help="print shards.json")
@@ -512,6 +512,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError:
         return _fail("there is not enough memory for this [MEMORY]: close other programs or lower medvlm.imaging.limits", 1)
     except Exception as e:
+        out = getattr(args, "out", None)
+        if isinstance(e, OSError) and e.filename and out and os.path.realpath(e.filename).startswith(os.path.realpath(out)):
+            return _fail(f"{out} cannot be written ({e.strerror}) [CANNOT_WRITE]: give another --out", 1)
         if sys.flags.dev_mode:
             raise
         # the text of a foreign error may quote what is inside a patient's file: only its kind and place are said

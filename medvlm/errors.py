@@ -75,7 +75,10 @@ class MedVLMError(Exception):
         self.message = " ".join(str(message).split())
         self.code = code
         self.hint = HINTS[code] if hint is None else hint
-        super().__init__(f"{self.message} [{code}]" + (f": {self.hint}" if self.hint else ""))
+        super().__init__(self.message, self.code, self.hint)  # what it is made of again in another process
+
+    def __str__(self) -> str:
+        return f"{self.message} [{self.code}]" + (f": {self.hint}" if self.hint else "")
 
 
 class FileError(MedVLMError):

@@ -3,7 +3,8 @@
 An encoder's :class:`InputSpec` is the only source of preprocessing. With ``spacing`` a scan is scaled to it and the middle
 is cut out or padded with zeros on both sides. Without, a picture is scaled until it fits ``size`` and padded; H and W share
 one factor in mm (in pixels where spacing is unknown), so nothing is squashed, and the slices of a volume fill D. Volumes are
-turned to "SPL" first, along their own axes: an oblique one keeps its slant. Scans are read block by block and maps come back
+turned to "SPL" first, along their own axes: an oblique one keeps its slant; a slice that says how it lies is turned as a radiologist
+reads it. Scans are read block by block and maps come back
 plane by plane, so little more memory is taken than the input and the result need.
 """
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from .errors import GeometryError, ModelError, UsageError
 from .imaging import window
-from .imaging.scan import Image, Volume, turn, turned, turned_points
+from .imaging.scan import READ_AS, Image, Volume, orientation, turn, turned, turned_points
 
 UPRIGHT = "SPL"
 """Orientation in which encoders see volumes: axial slices from feet to head, as a radiologist reads them."""
@@ -68,7 +69,8 @@ class Frame:
 
     size: of the scan's own grid. inner: what it is scaled to, and offset: where that begins, in the input's axes; negative
     where the scan reaches beyond the input. input: (D, H, W) or (H, W). orientation: how the axes of a volume's own grid
-    grow (the input's grow as ``UPRIGHT``); None for a picture.
+    grow (the input's grow as ``UPRIGHT``), or those of a slice, the first of them through it (the input's grow as ``READ_AS``); None
+    for a picture that does not say.
     """
 
     size: tuple[int, ...]
@@ -78,9 +80,19 @@ class Frame:
     orientation: str | None = None
 
     @property
+    def _towards(self) -> str:
+        return UPRIGHT if len(self.size) == 3 else READ_AS[self.orientation[0]]
+
+    @property
     def upright(self) -> tuple[int, ...]:
         """The scan's own size in the order of the input's axes."""
-        return self.size if self.orientation is None else tuple(self.size[o] for o in turn(self.orientation, UPRIGHT)[0])
+        return self.size if self.orientation is None else _ordered(self.size, self.orientation, self._towards)
+
+    def _turned(self, points: np.ndarray, size: tuple[int, ...], here: str, to: str) -> np.ndarray:
+        """:func:`turned_points` of a volume, or of a slice, which is one pixel thick."""
+        flat = len(size) == 2
+        points = np.concatenate([np.zeros_like(points[..., :1]), points], -1) if flat else points
+        return turned_points(points, (1, *size) if flat else size, here, to)[..., flat:]
 
     @property
     def scale(self) -> tuple[float, ...]:
@@ -94,13 +106,13 @@ class Frame:
         """(..., rank) places on the scan ((d,) h, w) -> input pixels. Edges, not centres: 0 is the scan's first corner."""
         points = np.asarray(points, float)
         if self.orientation is not None:
-            points = turned_points(points, self.size, self.orientation, UPRIGHT)
+            points = self._turned(points, self.size, self.orientation, self._towards)
         return points * self.scale + self.offset
 
     def to_image(self, points: np.ndarray) -> np.ndarray:
         """(..., rank) input pixels -> places on the scan, the inverse of :meth:`to_input`."""
         points = (np.asarray(points, float) - self.offset) / self.scale
-        return points if self.orientation is None else turned_points(points, self.upright, UPRIGHT, self.orientation)
+        return points if self.orientation is None else self._turned(points, self.upright, self._towards, self.orientation)
 
     def box_to_input(self, boxes: np.ndarray) -> np.ndarray:
         """(..., 2, rank) lower and upper corners; an axis that is turned swaps them, so they are put in order again."""
@@ -161,7 +173,9 @@ class Frame:
 
     def turn_up(self, array: np.ndarray) -> np.ndarray:
         """(P, *size) on the scan's own grid -> a view of it along the input's axes."""
-        return array if self.orientation is None else turned(array, self.orientation, UPRIGHT)
+        if self.orientation is None:
+            return array
+        return turned(array, self.orientation, UPRIGHT) if len(self.size) == 3 else turned(array[:, None], self.orientation, self._towards)[:, 0]
 
     @torch.no_grad()
     def _planes(self, maps: Tensor) -> Iterator[tuple[tuple, _Plane]]:
@@ -273,11 +287,12 @@ def frame(image: Image | Volume, spec: InputSpec) -> Frame:
     rank = len(image.shape) - 1
     if rank != len(spec.size):
         raise ModelError(f"image {image.id} is {rank}-D but the encoder sees {len(spec.size)}-D input", "OUT_OF_SCOPE")
-    own, spacing, orientation = image.shape[1:], image.spacing, None
-    if isinstance(image, Volume):
-        orientation = image.orientation
-        order, _ = turn(orientation, UPRIGHT)
-        own, spacing = (tuple(x[o] for o in order) for x in (own, spacing))
+    own, spacing = image.shape[1:], image.spacing
+    affine = image.affine if isinstance(image, Volume) else image.info.get("affine")
+    here = None if affine is None else orientation(np.asarray(affine, float))
+    if here is not None:
+        to = UPRIGHT if rank == 3 else READ_AS[here[0]]
+        own, spacing = (x and _ordered(x, here, to) for x in (own, spacing))
     if spec.spacing is None:
         high, wide = own[-2:]
         longer = spacing[-1] / spacing[-2] if spacing else 1.0  # of a pixel's two sides
@@ -288,7 +303,13 @@ def frame(image: Image | Volume, spec: InputSpec) -> Frame:
     else:
         inner = tuple(max(1, round(n * s / t)) for n, s, t in zip(own, spacing, spec.spacing))
     offset = tuple((n - i) // 2 for n, i in zip(spec.size, inner))
-    return Frame(tuple(image.shape[1:]), inner, offset, tuple(spec.size), orientation)
+    return Frame(tuple(image.shape[1:]), inner, offset, tuple(spec.size), here)
+
+
+def _ordered(values: tuple, here: str, to: str) -> tuple:
+    """Values along the axes of a volume or of a slice, which lacks the first, in the order of the axes of ``to``."""
+    missing = 3 - len(values)
+    return tuple(values[o - missing] for o in turn(here, to)[0][missing:])
 
 
 def fit(array: np.ndarray, place: Frame, values: Callable[[np.ndarray], np.ndarray]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -12,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from .datasets import sentences
+from .datasets.checks import digest
 from .errors import MedVLMError, UsageError
 from .imaging import export
-from .imaging.scan import Image, Study
+from .imaging.scan import Image, Study, Volume
 from .predictors.base import Model, json_ready
 from .sample import NOTICE, Region, Report, rounded
 
@@ -56,17 +59,21 @@ def analyze_many(sources: Sequence[str | Path], model: Model, out: str | Path, p
                  modality: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:  # fmt: skip
     """Every study of every source into ``out/<study id>``; gives (source, record), an error as {"error": ...}.
 
-    A study that this model has already read into ``out`` is not read again, so a stopped run goes on where it was. A
-    study of which nothing could be read is an error, like one that the model fails on; the others go on.
+    A study that this model has already read into ``out`` is not read again, so a stopped run goes on where it was; one
+    that comes with other images than before is. Of sources that hold different images of one study the second is written into
+    ``out/<study id>-2``. A study of which nothing could be read is an error, like one that the model fails on; the others go on.
     """
     from .imaging.study import studies
 
     asked = {"policy": policy, "modality": modality}
+    taken: dict[Path, str] = {}
     for source in sources:
         try:
             for study in studies(source, policy, modality=modality):
-                folder = Path(out) / study.id
-                if old := _done(folder / "report.json", model, asked):
+                held = _held(study)
+                names = (Path(out) / (study.id if k == 1 else f"{study.id}-{k}") for k in itertools.count(1))
+                folder = next(f for f in names if taken.setdefault(f, held) == held)
+                if old := _done(folder / "report.json", model, asked, held):
                     yield str(source), old
                 elif not study.images:
                     yield str(source), {"study": study.id, "error": next(iter(study.warnings), "EMPTY_FOLDER: it holds no image")}
@@ -88,11 +95,23 @@ def _written(out: Path) -> list[Path]:
     return [out / "report.json", out / "report.md", *inside]
 
 
-def _done(path: Path, model: Model, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of a study that this very model has read with the same arguments."""
+def _held(study: Study) -> str:
+    """SHA-256 that tells the images of a study from others: of their DICOM UIDs, or of their files."""
+
+    def told(image: Image | Volume) -> str:
+        try:
+            return json.dumps([image.id, list(image.shape), image.info.get("sop") or digest(image)])
+        except MedVLMError as error:  # what cannot be read is said where it is read
+            return f"{image.id} {error.code}"
+
+    return hashlib.sha256("\n".join(map(told, study.images)).encode()).hexdigest()
+
+
+def _done(path: Path, model: Model, asked: dict[str, Any], held: str) -> dict[str, Any] | None:
+    """The record of a study that this very model has read with the same arguments and images."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return record if record["model"] == _made_by(model) and record["asked"] == asked else None
+        return record if record["model"] == _made_by(model) and record["asked"] == asked and record["held"] == held else None
     except (OSError, ValueError, KeyError, TypeError):  # none, or not one of ours
         return None
 
@@ -144,7 +163,7 @@ def _write(study: Study, model: Model, folder: Path, asked: dict[str, Any]) -> d
     absent = list(dict.fromkeys(f["label"] for f in findings if f["label"] not in there))
     warnings = list(study.warnings) + ([f"NOT_READ: {r} (image {name})" for name, r in reasons.items()] if read else [])
     record = json_ready({
-        "study": study.id, "model": _made_by(model), "asked": asked,
+        "study": study.id, "model": _made_by(model), "asked": asked, "held": _held(study),
         "images": [{"id": i.id, "modality": i.modality, "size": list(i.shape[1:]), "spacing": i.spacing and [rounded(s, 6) for s in i.spacing],
                     "preview": previews.get(i.id), "warnings": list(i.info["warnings"])} for i in study.images],
         "findings": findings, "looked_for_absent": absent, "structures": structures, "sentences": said, "warnings": warnings,

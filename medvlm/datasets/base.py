@@ -125,12 +125,13 @@ class Data:
         return self.length(split, None, 0)
 
     def scored(self, split: str) -> list[Sample]:
-        """The samples to score: those of ``split``, and all rows of a manifest that name no split.
+        """The samples to score: those of ``split``, and all rows of a manifest in which no row names a split; in others such rows are learnt from.
 
         Raises:
             ModelError: NO_SAMPLES, with what there is, when there are none.
         """
-        found = self.samples(split, None)
+        named = {n for n, (folder, adapter) in self.folders.items() if adapter is None and any(True for _ in self._read(folder, adapter, SPLITS, True))}
+        found = [s for s in self.samples(split, None) if s.meta["dataset"] not in named or s.meta.get("split") is not None]
         if not found:
             there = [s for s in SPLITS if s != split and any(True for f, a in self.folders.values() for _ in self._read(f, a, (s,), True))]
             raise ModelError(f"there are no samples of split {split!r}", "NO_SAMPLES", f"there is --split {' or '.join(there)}" if there else "give another --data")

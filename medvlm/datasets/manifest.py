@@ -146,7 +146,8 @@ def open_images(row: dict[str, Any]) -> tuple[Image | Volume, ...]:
     try:
         images = read(path, modality=modality).images
     except MedVLMError as error:
-        raise ModelError(f"{_at(row)}, image {row['image']!r}: {error.message}", error.code, error.hint) from error
+        said = error.message.replace(str(path), "the file")  # names of files may be names of patients
+        raise ModelError(f"{_at(row)}, image: {said}", error.code, error.hint) from error
     for image in images:
         image.origin = path
     return images
@@ -156,7 +157,7 @@ def read_masks(row: dict[str, Any], image: Image | Volume | None, only: str | No
     """The masks of a row as bool arrays on the image's grid.
 
     binary, instance and volume_binary files give one mask each (instances are joined), named as in ``files``; label maps
-    one mask a label (one in all where the labels are not said), DICOM segmentations one a segment. Volumes may be stored along other axes than their image, never
+    one mask a label (one in all where the labels are not said), DICOM segmentations one a name of segments. Volumes may be stored along other axes than their image, never
     on another grid: nothing is resampled.
 
     Raises:
@@ -169,20 +170,21 @@ def read_masks(row: dict[str, Any], image: Image | Volume | None, only: str | No
             continue
         path = inside(row, "mask file", file)
         if not path.is_file():
-            raise ModelError(f"{_at(row)}: mask file {file!r} does not exist", "BAD_MANIFEST")
+            raise ModelError(f"{_at(row)}: the mask file of {name!r} does not exist", "BAD_MANIFEST")
         if image is None:
             raise ModelError(f"{_at(row)}: a mask needs an image", "BAD_MANIFEST")
         try:
             if spec["type"] == "dicom_seg":
                 segments = read_seg(path, image)
-                found += [Mask(image.id, name if len(segments) == 1 else label, array) for label, array in segments]
+                for label in dict.fromkeys(label for label, _ in segments):
+                    found.append(Mask(image.id, name if len(segments) == 1 else label, np.logical_or.reduce([a for own, a in segments if own == label])))
                 continue
             array = mask_array(path, image)
         except MedVLMError as error:
             raise ModelError(f"{_at(row)}, mask {name!r}: {error.message}", error.code, error.hint) from error
         if "labelmap" in spec["type"] and spec.get("labels"):
-            for value, label in spec["labels"].items():
-                found.append(Mask(image.id, label, array == int(value)))
+            for label in dict.fromkeys(spec["labels"].values()):
+                found.append(Mask(image.id, label, np.logical_or.reduce([array == int(value) for value, own in spec["labels"].items() if own == label])))
         else:
             found.append(Mask(image.id, name, array > 0, np.unique(array[array > 0]).size if spec["type"] == "instance" else None))
     return found
@@ -192,7 +194,7 @@ def inside(row: dict[str, Any], what: str, name: str) -> Path:
     """A path of a row, or BAD_MANIFEST when it leads out of the manifest's folder."""
     path = row["_folder"] / name
     if "\0" in name or not path.resolve().is_relative_to(row["_folder"].resolve()):
-        raise ModelError(f"{_at(row)}: {what} {name!r} lies outside the manifest's folder", "BAD_MANIFEST")
+        raise ModelError(f"{_at(row)}: the path of its {what} leads out of the manifest's folder", "BAD_MANIFEST")
     return path
 
 
@@ -275,6 +277,8 @@ def parse(line: str, file: str, number: int) -> dict[str, Any]:
     for i, qa in enumerate(row.get("qa") or ()):
         if not isinstance(qa, dict) or not {"qid", "question", "answer"} <= qa.keys():
             refuse(f"qa[{i}] needs qid, question and answer, got {str(qa)[:80]}")
+        if not isinstance(qa["question"], str) or not isinstance(qa["answer"], str | int | float):
+            refuse(f"qa[{i}]: question is a text, answer a text or a number, got {qa['question']!r:.40} and {qa['answer']!r:.40}")
     for i, box in enumerate(row.get("boxes") or ()):
         corners = box.get("xyxy") if isinstance(box, dict) else None
         if not isinstance(corners, list) or len(corners) != 4 or not all(_finite(x) for x in corners) or not isinstance(box.get("label"), str):

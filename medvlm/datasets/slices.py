@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..imaging.scan import Image, Volume, turned
+from ..imaging.scan import READ_AS, Image, Volume, turned
 from ..sample import Mask, Sample
 
-PLANES = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
-"""{plane: how the axes of a volume grow whose slices are shown as a radiologist reads them}: head or front up, and the patient's
-right on the left, or his front."""
+PLANES = {"axial": READ_AS["S"], "coronal": READ_AS["P"], "sagittal": READ_AS["L"]}
+"""{plane: how the axes of a volume grow whose slices are shown as a radiologist reads them}."""
 
 
 def sliced(group: Sequence[Sample], count: int = 6, plane: str = "axial") -> Iterator[list[Sample]]:

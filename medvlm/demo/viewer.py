@@ -19,14 +19,11 @@ import numpy as np
 
 from ..imaging import window
 from ..imaging.export import COLOURS
-from ..imaging.scan import Image, Study, Volume, orientation
+from ..imaging.scan import OPPOSITE, READ_AS, Image, Study, Volume, edges
 from ..sample import Answer, Report
 
 FILE_WINDOW = "of the file"
 UNKNOWN = "kind not stated"
-READ_AS = {"S": "SPL", "I": "SPL", "P": "PIL", "A": "PIL", "L": "LIP", "R": "LIP"}
-"""How slices are laid on the screen, by the letter of the stored slice axis."""
-OPPOSITE = dict(zip("LRPASI", "RLAPIS"))
 LONGEST = 1000
 """Pixels of the longer side of an overlay; the picture itself is sent as it is stored up to ``LARGEST``."""
 LARGEST = 2000
@@ -61,10 +58,7 @@ class Scene:
         self.volume = image.reorient(READ_AS[image.orientation[0]]) if isinstance(image, Volume) else None
         self.slices = self.volume.shape[1] if self.volume else 1
         affine = self.volume.affine if self.volume else image.info.get("affine")
-        self.letters = None
-        if affine is not None:
-            _, down, right = orientation(np.asarray(affine, float))
-            self.letters = (OPPOSITE[right], right, OPPOSITE[down], down)
+        self.letters = None if affine is None else edges(affine)
         self.presets = (FILE_WINDOW, *window.PRESETS) if image.unit == "HU" else (FILE_WINDOW,)
         self._shown: np.ndarray | None = None
 

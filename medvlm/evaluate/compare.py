@@ -49,14 +49,16 @@ def compare(a: str | Path, b: str | Path, where: str | Path | None = None, slice
         {"a", "b": their models, "differences": [...], "wins", "ties", "losses": over the whole-set scores}.
 
     Raises:
-        UsageError: RUNS_DIFFER when they are not of the same questions.
+        UsageError: RUNS_DIFFER when they are not of the same questions; DATA_DIFFER when the data are not those that were predicted.
     """
     a, b = Path(a), Path(b)
     runs = [run_of(a), run_of(b)]
     for key in ("task", "split", "limit", "fingerprint", "convention", "prompts"):
         if runs[0].get(key) != runs[1].get(key):
             raise UsageError(f"the runs differ in {key}: {runs[0].get(key)} and {runs[1].get(key)}", "RUNS_DIFFER", "compare runs of one task on the same data")
-    _, jobs = plan(runs[0]["task"], where or runs[0]["data"], runs[0]["split"], runs[0]["convention"], runs[0]["limit"], runs[0].get("prompts"))
+    data, jobs = plan(runs[0]["task"], where or runs[0]["data"], runs[0]["split"], runs[0]["convention"], runs[0]["limit"], runs[0].get("prompts"))
+    if data.fingerprint != runs[0]["fingerprint"]:
+        raise UsageError("the data have changed since they were predicted", "DATA_DIFFER", "give --data with the data of the runs, or predict again")
     found: list[Difference] = []
     for job in jobs:
         both = [told(job, job.predictions(folder / "predictions.jsonl")) for folder in (a, b)]

@@ -71,9 +71,11 @@ def plan(name: str, where: str | Path, split: str = "test", convention: str | No
     (``zeroshot.PROMPTS``) that a CLIP model is given for class names, in place of the one for the modality.
 
     Raises:
-        UsageError: BAD_ARGUMENT for an unknown convention. ModelError: NO_SUCH_DATA, NO_SAMPLES.
+        UsageError: BAD_ARGUMENT for an unknown convention and a limit below 1. ModelError: NO_SUCH_DATA, NO_SAMPLES.
     """
     known: dict[str, Task] = parts.every("evaluate", "TASK")
+    if limit is not None and limit < 1:
+        raise UsageError(f"a limit of {limit} leaves nothing to score", "BAD_ARGUMENT", "give 1 or more, or leave it out")
     if prompts is not None and prompts not in zeroshot.PROMPTS:
         raise UsageError(f"there are no prompts {prompts!r}", "BAD_ARGUMENT", f"use {', '.join(zeroshot.PROMPTS)}")
     try:
@@ -159,12 +161,15 @@ def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, sp
 
     Raises:
         UsageError: RUN_DIFFERS when ``out`` holds another run; BAD_ARGUMENT where a model that cannot be asked at a
-            temperature is to be asked again.
+            temperature is to be asked again, and where calibration would be fitted on what is scored.
     """
     out = Path(out)
     if again and not hasattr(model, "temperature"):
         raise UsageError(f"{model.name} has no temperature, so asking it again tells nothing", "BAD_ARGUMENT", "leave --again out")
     data, jobs = planned or plan(name, where, split, convention, limit, prompts)
+    val = [j for j in plan(name, where, "val", convention, limit)[1] if j.task.blind] if calibrate else []
+    if {i for j in val for i in j.ids} & {i for j in jobs for i in j.ids}:
+        raise UsageError("calibration is fitted on val, and that is what is scored here", "BAD_ARGUMENT", "score another split, in data whose rows name theirs")
     about = {
         "task": name, "data": str(Path(where).resolve()), "split": split, "convention": convention, "limit": limit, "seed": SEED, "prompts": prompts,
         "fingerprint": data.fingerprint,
@@ -177,7 +182,7 @@ def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, sp
     if words is not None:
         _predict([j for j in jobs if j.task.blind], words, out / NO_IMAGE, retry_errors, quiet, "no image")
     if calibrate:
-        _predict([j for j in plan(name, where, "val", convention, limit)[1] if j.task.blind], model, out / VAL, retry_errors, quiet, "val")
+        _predict(val, model, out / VAL, retry_errors, quiet, "val")
     if ask_sure:
         _predict([_sure(j, j.predictions(out / "predictions.jsonl")) for j in jobs if j.task.blind], model, out / SURE, retry_errors, quiet, "how sure")
     if again:

@@ -189,9 +189,9 @@ def _head(model, name: str) -> RestoreHead:
     return head
 
 
-def count(batch: Batch) -> int:
+def count(model, batch: Batch) -> dict[str, int]:
     """Pictures of a batch, over which the loss is a mean."""
-    return sum(len(x) for x in batch.images.values())
+    return {"restore": sum(len(x) for x in batch.images.values())}
 
 
 @carries(before=hide, count=count)

@@ -11,7 +11,7 @@ import numpy as np
 from . import raster
 from .files import writing
 from .nifti import save_nifti
-from .scan import Image, Volume
+from .scan import READ_AS, Image, Volume, edges, turned
 from .window import display
 
 COLOURS = ("#4cc9f0", "#f9c74f", "#f94144", "#90be6d", "#c77dff", "#f8961e", "#43aa8b", "#ff8fab", "#577590", "#e0e1dd")
@@ -85,10 +85,17 @@ def save_preview(image: Image | Volume, regions: Sequence, sentences: Sequence[t
 def outlined(image: Image | Volume, regions: Sequence, longest: int = 900, thickness: int = 2) -> tuple[np.ndarray, dict[str, str]]:
     """uint8 (h, w, 3) of the picture, or of the slice of a volume on which most is outlined, with the outlines drawn on it,
     and {label: colour}. Regions without a mask are not drawn. longest: pixels of its longer side.
+
+    Volumes are turned as a radiologist reads them; where it is known, letters say which side of the patient lies left and right.
     """
     from PIL import Image as Picture
+    from PIL import ImageDraw, ImageFont
 
-    shown, masks = _slice(image, regions)
+    masks = [None if r.mask is None else np.asarray(r.mask, bool) for r in regions]
+    if isinstance(image, Volume):
+        here, upright = image.orientation, READ_AS[image.orientation[0]]
+        image, masks = image.reorient(upright), [None if m is None else turned(m, here, upright) for m in masks]
+    shown, masks = _slice(image, masks)
     grey = shown if shown.ndim == 3 else np.repeat(shown[..., None], 3, -1)
     height, width = _screen(grey.shape[:2], image, longest)
     canvas = np.asarray(Picture.fromarray(grey).resize((width, height), Picture.Resampling.BICUBIC)).copy()
@@ -97,12 +104,18 @@ def outlined(image: Image | Volume, regions: Sequence, longest: int = 900, thick
         if mask is not None and mask.any():
             wide = np.asarray(Picture.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Picture.Resampling.BILINEAR)) > 127
             canvas[_outline(wide, thickness)] = _rgb(colours[region.label])
+    affine = image.affine if isinstance(image, Volume) else image.info.get("affine")
+    if affine is not None:
+        page, font = Picture.fromarray(canvas), ImageFont.load_default(max(10, min(height, width) // 28))
+        left, right, *_ = edges(affine)
+        for place, letter, anchor in ((4, left, "lm"), (width - 4, right, "rm")):
+            ImageDraw.Draw(page).text((place, height / 2), letter, fill="#ffffff", font=font, anchor=anchor, stroke_width=1, stroke_fill="#000000")
+        canvas = np.asarray(page).copy()
     return canvas, colours
 
 
-def _slice(image: Image | Volume, regions: Sequence) -> tuple[np.ndarray, list[np.ndarray | None]]:
+def _slice(image: Image | Volume, masks: list[np.ndarray | None]) -> tuple[np.ndarray, list[np.ndarray | None]]:
     """The picture, or the slice of a volume on which most is outlined, and each mask on it."""
-    masks = [None if r.mask is None else np.asarray(r.mask, bool) for r in regions]
     if isinstance(image, Image):
         return display(image), masks
     count = sum((m.sum((1, 2)) for m in masks if m is not None), np.zeros(image.shape[1], int))

@@ -278,6 +278,18 @@ def check_affine(affine) -> np.ndarray:
     return affine
 
 
+READ_AS = {"S": "SPL", "I": "SPL", "P": "PIL", "A": "PIL", "L": "LIP", "R": "LIP"}
+"""How a radiologist reads the slices of a volume, by the letter of their axis: axial and coronal with the patient's right on the left
+and his front or head up, sagittal with his front on the left."""
+OPPOSITE = dict(zip("LRPASI", "RLAPIS"))
+
+
+def edges(affine: np.ndarray) -> tuple[str, str, str, str]:
+    """(left, right, top, bottom): which way of the patient the edges of a slice of this affine lie."""
+    _, down, right = orientation(np.asarray(affine, float))
+    return OPPOSITE[right], right, OPPOSITE[down], down
+
+
 def orientation(affine: np.ndarray) -> str:
     """The letters of :attr:`Volume.orientation` for an index -> LPS+ affine."""
     from scipy.optimize import linear_sum_assignment

@@ -34,22 +34,22 @@ def read_seg(path: str | Path, image: Image | Volume) -> list[tuple[str, np.ndar
         shape = (int(stored.NumberOfFrames), int(stored.Rows), int(stored.Columns))
         numbers = [int(n) for n in stored.segment_numbers]
     except Exception as error:  # pydicom and highdicom raise many kinds, and their texts may quote the file
-        raise FileError(f"{path.name} is not a readable DICOM segmentation ({type(error).__name__})", "CORRUPT") from error
-    check_size(shape, np.uint8, path.stat().st_size, path.name)
-    check_size((len(numbers), *image.shape[1:]), bool, path.stat().st_size, path.name)
+        raise FileError(f"this is not a readable DICOM segmentation ({type(error).__name__})", "CORRUPT") from error
+    check_size(shape, np.uint8, path.stat().st_size, "the segmentation")
+    check_size((len(numbers), *image.shape[1:]), bool, path.stat().st_size, "the segmentation")
     frame, other = image.info.get("frame_of_reference"), stored.get("FrameOfReferenceUID")
     if frame and other and str(frame) != str(other):
-        raise GeometryError(f"{path.name} lies in another frame of reference than image {image.id}", "MIXED_FRAME")
+        raise GeometryError(f"it lies in another frame of reference than image {image.id}", "MIXED_FRAME")
     found, seen = [], {}
     for number in numbers:
         try:
             part = stored.get_volume(segment_numbers=[number], combine_segments=False, allow_missing_positions=True)
         except Exception as error:
-            raise FileError(f"segment {number} of {path.name} has no regular grid ({type(error).__name__})", "UNSUPPORTED") from error
+            raise FileError(f"segment {number} has no regular grid ({type(error).__name__})", "UNSUPPORTED") from error
         label = str(stored.get_segment_description(number).segment_label)
         seen[label] = seen.get(label, 0) + 1
         array = np.asarray(part.array).reshape(part.spatial_shape) >= 0.5
-        found.append((label if seen[label] == 1 else f"{label} {seen[label]}", _onto(array, part.affine, image, path.name)))
+        found.append((label if seen[label] == 1 else f"{label} {seen[label]}", _onto(array, part.affine, image, "the segmentation")))
     return found
 
 

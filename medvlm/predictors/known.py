@@ -32,6 +32,11 @@ _WHICH = {
     "part": re.compile(r"^(what|which) (part of the body|body part|region of the body)\b", re.I),
     "eye": re.compile(r"^which eye is this\?*$|^is this the (right or the left|left or the right) eye\?*$", re.I),
 }  # fmt: skip
+_NOTHING = re.compile(r"(?:\W+(?:is|was|are|were|does|did|do|being|am|i|you|we|looking|see|at|this|that|it|these|the|an?|above|given|image|imaging|images|picture|photo|photograph|scan|"
+                      r"slice|study|film|radiology|radiologic|radiological|medical|modality|plane|kind|type|used|use|shown|show|seen|displayed|depicted|represented|represent|taken|made|"
+                      r"acquired|obtained|produced|captured|scanned|oriented|demonstrated|imaged|being|belong|about|take|make|acquire|obtain|produce|capture|here|to|in|of|for|by|from|with|on|or|currently|please|"
+                      r"ct|mri?|x-?\s?rays?|ultrasound|angiogram|mammogra\w+|pet|nuclear medicine|gastrointestinal(?= image)|radiograph|which|method|technique))*\W*", re.I)
+"""What may follow the words that ask for one of a group, and asks for nothing more."""
 _THERE = re.compile(r"^(?:is|are) there (?:an? |any |evidence of |signs? of )*(?P<what>[\w -]+?)(?: (?:in|on) (?:this|the) (?:(?:chest|ct|mr|fundus) )*(?:image|picture|film|scan|slice|x-?ray|photograph|study)| present| seen| visible| here)*\?*$|"
                     r"^does (?:this|the) (?:image|picture|slice|scan|x-ray|chest x-ray|film|photograph|ct slice|ct scan)? ?(?:show|have|contain) (?:an? |any |the |evidence of )*(?P<what2>[\w -]+?)\?*$|"
                     r"^(?:is|are) (?:an? |the )*(?P<what3>[\w -]+?) (?:in this (?:image|picture|slice|scan)|seen here|seen|present|visible|shown)\?*$|"
@@ -70,16 +75,17 @@ def asked(question: str, groups: Mapping[str, Sequence[str]], findings: Sequence
         boxed: objects that are boxed. aliases: {how else a target or object is called, lower case: its name}.
 
     >>> asked("Is this an axial slice?", {"plane": ("axial", "coronal")}, (), ())
-    Asked(group='plane', name='axial')
+    Asked(group='plane', name='axial', place=None)
     >>> asked("Is this a CT scan? Answer yes or no.", {"modality": ("xray", "ct")}, (), ())
-    Asked(group='modality', name='ct')
+    Asked(group='modality', name='ct', place=None)
+    >>> asked("Which plane of the pelvis is fractured?", {"plane": ("axial", "coronal")}, (), ())
     >>> asked("Is the consolidation in the left lung?", {}, (), ("consolidation",))
     Asked(group='place', name='consolidation', place='in the left lung')
     >>> asked("Is there a pneumothorax on the left?", {}, ("pneumothorax",), ())
     """
     plain = _HOW.sub("", " ".join(question.strip().split()))
     for group, pattern in _WHICH.items():
-        if group in groups and pattern.search(plain):
+        if group in groups and (found := pattern.search(plain)) and _NOTHING.fullmatch(plain, found.end()):
             return Asked(group, None)
     for form in (_IS, _OF):
         if found := form.match(plain):
@@ -116,6 +122,23 @@ def answer(wanted: Asked, chances: Mapping[str, float], present: Callable[[str],
         return (MODALITY_NAMES[best] if wanted.group == "modality" else SPOKEN.get(wanted.group, "{}").format(best)), own[best], None
     yes = present(wanted.name) if wanted.group == "target" else chances[wanted.name if wanted.group == "finding" else f"{wanted.group}:{wanted.name}"]
     return _yes_no(yes)
+
+
+def chosen(wanted: Asked, chances: Mapping[str, float], choices: Sequence[str]) -> tuple[str, float, dict[str, float]] | None:
+    """As :func:`answer` for one of a group, in the words of the answers allowed; None where fewer than two of them are names of the group.
+
+    >>> chosen(Asked("eye", None), {"eye:right": 0.75, "eye:left": 0.25}, ("Left", "Right"))
+    ('Right', 0.75, {'Left': 0.25, 'Right': 0.75})
+    """
+    own = {n.partition(":")[2]: p for n, p in chances.items() if n.startswith(f"{wanted.group}:")}
+    said = {c: re.sub(r"^(an?|the) ", "", c.strip().lower()) for c in choices}
+    meant = {c: next((n for n in own if s == n or re.fullmatch(WORDS.get(wanted.group, {}).get(n, re.escape(n)), s, re.I)), None) for c, s in said.items()}
+    total = sum(own[n] for n in meant.values() if n)
+    if sum(n is not None for n in meant.values()) < 2 or not total:
+        return None
+    share = {c: own[n] / total if n else 0.0 for c, n in meant.items()}
+    best = max(share, key=share.get)
+    return best, share[best], share
 
 
 def measured(wanted: Asked, case: Case, present: float, size: str | None = None) -> tuple[str, float, dict[str, float] | None] | None:

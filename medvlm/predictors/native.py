@@ -73,6 +73,9 @@ WHERE = {"cardiomegaly": ("heart and mediastinum",), "endotracheal tube": ("airw
 KINDS = {"pneumonia": ("COVID-19 pneumonia", "bacterial pneumonia")}
 DIAGNOSES = ("COVID-19 pneumonia", "bacterial pneumonia", "pneumonia", "ARDS")
 _CLOSED = re.compile(r"^\s*(is/are|is|are|was|were|do|does|did|has|have|had|can|could|will|would|should|any)\b", re.I)
+_REQUEST = re.compile(r"^\s*(can|could|will|would) you (please |kindly |briefly |also )*(describe(?!.* as )|explain|tell|list|name|give|summari[sz]e|write|interpret|provide|report|comment|elaborate|"
+                      r"say|walk|show|outline|segment|draw|point|help|discuss)\b", re.I)
+"""Requests in the form of a question: "yes" would be no answer."""
 _EITHER = re.compile(r"(?<![\w,])([\w'-]+) ([\w-]+) or ((?:(?:an?|the|on|in|at|to|of) )*)([\w-]+)(?: ([\w-]+))?", re.I)
 EXCLUSIVE = tuple(frozenset(pair.split()) for pair in (
     "pa ap", "left right", "normal abnormal", "male female", "upper lower", "anterior posterior", "unilateral bilateral",
@@ -125,7 +128,7 @@ class NativeModel(Model):
         ((text, chance, chances),) = self._answered(images, [_turns(question)], [choices_of(question)])
         if SEG in text:
             return Answer(_unmarked(text), chance, chances, self._named(images, _turns(question), text))
-        regions = () if text == "no" else tuple(r for picture in images.values() for r in self._mentioned(picture, question))
+        regions = () if text == "no" else self._mentioned(images, question)
         return Answer(text, chance, chances, regions)
 
     def predict(self, samples: Sequence[Sample]) -> list[Prediction]:
@@ -160,7 +163,7 @@ class NativeModel(Model):
         answers = self._answered(images, asked, choices)
         regions = [
             self._named(images, turns, text) if SEG in text
-            else tuple(r for p in images.values() for r in self._mentioned(p, s.question)) if s.regions and text != "no" else ()
+            else self._mentioned(images, s.question) if s.regions and text != "no" else ()
             for s, turns, (text, *_) in zip(samples, asked, answers)
         ]
         share = (time.perf_counter() - began) / len(samples)
@@ -172,7 +175,7 @@ class NativeModel(Model):
         only = next(iter(images.values())) if len(images) == 1 else None
         for i, turns in enumerate(asked):
             if only is not None and len(turns) == 1 and (wanted := self._wanted(only, turns[0].text)) is not None:
-                if (answer := self._known(only, wanted)) is not None:
+                if (answer := self._known(only, wanted, choices[i])) is not None:
                     found[i] = answer
         rest = [i for i in range(len(asked)) if i not in found]
         deep = [key for key, x in images.items() if self._sliced(x)]
@@ -200,8 +203,18 @@ class NativeModel(Model):
         boxed = box.labels if box is not None and box.dense is not None and kind in about.get("boxed", ()) else ()
         return known.asked(question, groups, findings, about["outlined"].get(kind, ()), boxed, ALIASES)
 
-    def _known(self, picture: Image | Volume, wanted: known.Asked) -> tuple[str, float, dict[str, float] | None] | None:
-        """(text, probability, choices) by the heads; None where what they have drawn does not tell."""
+    def _known(self, picture: Image | Volume, wanted: known.Asked, choices: Sequence[str] | None) -> tuple[str, float, dict[str, float] | None] | None:
+        """(text, probability, choices) by the heads, in the words of the choices where there are some; None where they do not tell."""
+        if choices and {c.lower() for c in choices} != {"yes", "no"}:
+            return known.chosen(wanted, self._chances(picture), choices) if wanted.name is None else None
+        found = self._told(picture, wanted)
+        if found is None or found[2] is None:
+            return None if choices and found is not None else found
+        chances = {next((c for c in choices or () if c.lower() == said), said): p for said, p in found[2].items()}
+        text = self._pick(chances)
+        return text, chances[text], chances
+
+    def _told(self, picture: Image | Volume, wanted: known.Asked) -> tuple[str, float, dict[str, float] | None] | None:
         if wanted.group not in ("place", "where", "size", "count"):
             return known.answer(wanted, self._chances(picture), lambda target: self.presence(picture, [target])[0])
         base = Sample("drawn", images={picture.id: picture})
@@ -508,15 +521,15 @@ class NativeModel(Model):
                 return mine
         raise ModelError(f"{self.name} has not learned to outline {name[:60]!r}; it knows: {', '.join([*self.targets, *JOINED])}", "UNKNOWN_TARGET")
 
-    def _mentioned(self, picture: Image, question: str) -> tuple[Region, ...]:
-        """Outlines of the targets that a question names, where they are there."""
+    def _mentioned(self, images: Mapping[str, Image | Volume], question: str) -> tuple[Region, ...]:
+        """Outlines of the targets that a question names, where they are there, on each image by its key."""
         words = question.lower()
         names = [t for t in self.targets if re.search(rf"\b{re.escape(t.lower())}\b", words)]
         names += [t for alias, t in ALIASES.items() if t in self.targets and re.search(rf"\b{re.escape(alias)}\b", words)]
         if not names and re.search(r"\blungs?\b", words):
             names = ["right lung", "left lung"]
-        found = self._outline(picture, tuple(dict.fromkeys(names))) if names else []
-        return tuple(s.region for s in found if s.mask.any())
+        names = tuple(dict.fromkeys(names))
+        return tuple(replace(s.region, image=key) for key, picture in images.items() if names for s in self._outline(picture, names) if s.mask.any())
 
     @torch.no_grad()
     def _look(self, picture: Image | Volume):
@@ -691,7 +704,8 @@ class NativeModel(Model):
         """What the marks of an answer outline on the first image, each called as the words before it call it; what is absent is left out."""
         said = [" ".join(words.split()) for words in text.split(SEG)[:-1]]
         known = [max((t for t in self.targets if t.lower() in w.lower()), key=lambda t: w.lower().rfind(t.lower()), default=w) for w in said]
-        return tuple(s.region for s in map(self._settled, self._drawn(images, [(*turns, Turn("assistant", text))], known)) if s.mask.any())
+        drawn = map(self._settled, self._drawn(images, [(*turns, Turn("assistant", text))], known))
+        return tuple(replace(s.region, image=next(iter(images))) for s in drawn if s.mask.any())
 
     @torch.no_grad()
     def _drawn(self, images: Mapping[str, Image | Volume], conversations: Sequence[Sequence[Turn]], targets: Sequence[str]) -> list[Segmentation]:
@@ -854,8 +868,9 @@ def choices_of(question: str) -> tuple[str, ...] | None:
     ('left', 'right')
     >>> choices_of("Is there a pneumothorax?")
     ('yes', 'no')
+    >>> choices_of("Can you describe the findings?")
     """
-    if not _CLOSED.match(question):
+    if not _CLOSED.match(question) or _REQUEST.match(question):
         return None
     if not re.search(r"\bor\b", question, re.I) or _WHETHER.search(question):
         return "yes", "no"

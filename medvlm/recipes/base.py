@@ -71,6 +71,11 @@ class Stage:
     def __post_init__(self):
         if (self.steps is None) == (self.epochs is None):
             raise ModelError(f"stage {self.name}: give steps or epochs, one of them", "BAD_RECIPE")
+        if wrong := next((n for n in ("batch", "every", "chunk") if not (isinstance(v := getattr(self, n), int) and v >= 1 or n == "chunk" and v is None)), None):
+            raise ModelError(f"stage {self.name}: {wrong} is {getattr(self, wrong)!r}", "BAD_RECIPE", "give a whole number, 1 or more")
+        for what in ("data", "weights", "kinds"):
+            if wrong := next((f"{k}: {w!r}" for k, w in getattr(self, what).items() if not isinstance(w, int | float) or not w >= 0), None):
+                raise ModelError(f"stage {self.name}: {what} holds {wrong}", "BAD_RECIPE", "a weight is a number, 0 or more")
         if not any(w > 0 for w in self.data.values()):
             raise ModelError(f"stage {self.name}: no data set has a weight above 0", "BAD_RECIPE")
 

@@ -21,6 +21,10 @@ EAGER = 5000
 """A data set of up to so many images is prepared before training starts, so that what is bad in it is found then."""
 
 
+EPOCHS_EMPTY = 100
+"""Epochs in a row without a row for a reader of shards, after which it gives up."""
+
+
 @dataclass
 class Room:
     """Bytes that the prepared images of several sets may take together, and those they take."""
@@ -86,12 +90,12 @@ class Stream:
     """The cases of shards, read in order by each reader, never held.
 
     groups: (epoch, part, skip) -> iterator over the samples of one image after the other. count: images of the split.
-    length: (epoch, part) -> how many of them that reader sees.
+    length: (epoch, part) -> how many of them that reader sees. bad: as of :class:`Cases`; what a worker process meets stays there.
     """
 
     def __init__(self, name: str, groups: Callable[[int, tuple[int, int], int], Iterator[list[Sample]]], count: int,
-                 length: Callable[[int, tuple[int, int]], int], make: Callable[[list[Sample]], list[Case]]):  # fmt: skip
-        self.name, self.groups, self.count, self.length, self.make = name, groups, count, length, make
+                 length: Callable[[int, tuple[int, int]], int], make: Callable[[list[Sample]], list[Case]], bad: list | None = None):  # fmt: skip
+        self.name, self.groups, self.count, self.length, self.make, self.bad = name, groups, count, length, make, bad
 
     def __len__(self) -> int:
         return self.count
@@ -102,11 +106,22 @@ class Stream:
 
         def at(position: int) -> list[Case]:
             nonlocal epoch, first, left
-            while position >= first + self.length(epoch, part):
-                first, epoch, left = first + self.length(epoch, part), epoch + 1, None
+            empty = 0
+            while position >= first + (here := self.length(epoch, part)):
+                empty = 0 if here else empty + 1
+                if empty == EPOCHS_EMPTY:
+                    raise ModelError(f"data set {self.name}: {self.count} rows in shards are too few for {part[1]} readers", "BAD_DATASET", "use fewer --workers or processes, or smaller shards")
+                first, epoch, left = first + here, epoch + 1, None
             if left is None:
                 left = self.groups(epoch, part, position - first)
-            return self.make(next(left))
+            group = next(left)
+            try:
+                return self.make(group)
+            except MedVLMError as error:
+                if self.bad is None:
+                    raise
+                self.bad.append({"dataset": self.name, "row": group[0].meta.get("row"), "code": error.code, "message": error.message})
+                return []
 
         return at
 
@@ -136,7 +151,16 @@ class Batches(IterableDataset):
         self.stage, self.seed, self.sources, self.tokenizer = stage, seed, sources, tokenizer
         self.start, self.rank, self.world = start, rank, world
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Iterator[list[Batch] | MedVLMError]:
+        """In a worker process an error is an item like others: raised there, its code and hint would be lost."""
+        try:
+            yield from self._made()
+        except MedVLMError as error:
+            if get_worker_info() is None:
+                raise
+            yield error
+
+    def _made(self) -> Iterator[list[Batch]]:
         info = get_worker_info()
         workers = info.num_workers if info else 1
         worker = (self.start + info.id) % workers if info else 0  # the loader asks its first worker for the first step
@@ -160,7 +184,8 @@ class Batches(IterableDataset):
                 if isinstance(self.sources[name], Stream):
                     position, passed[name] = passed[name], passed[name] + 1
                 twin = bool(lot.random() < self.stage.flip)
-                cases = [c for c in readers[name](position) if c.mirrored == twin]
+                found = readers[name](position)
+                cases = [c for c in found if c.mirrored == twin] or found  # some have no twin
                 if cases:
                     drawn.append((cases[int(lot.integers(len(cases)))], lot))
             yield [self._batch(part) for part in _parts(drawn, self.stage.chunk)]
@@ -181,17 +206,23 @@ def loader(batches: Batches, workers: int) -> Iterator[list[Batch]]:
     """The batches in the order of their steps, made by worker processes, or in this one when workers is 0."""
     if not workers:
         return iter(batches)
-    return iter(DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_same, prefetch_factor=2))
+    return map(_raised, DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_same, prefetch_factor=2))
+
+
+def _raised(item: list[Batch] | MedVLMError) -> list[Batch]:
+    if isinstance(item, MedVLMError):
+        raise item
+    return item
 
 
 def _same(item):
     return item
 
 
-def room() -> Room:
-    """For prepared images: a quarter of what the machine has left."""
+def room(readers: int = 1) -> Room:
+    """For prepared images: a quarter of what the machine has left, shared by the processes and workers that each hold their own."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4 << 30
-    return Room(max(1 << 28, free // 4))
+    return Room(max(1 << 28, free // 4 // max(1, readers)))
 
 
 def seed_everything(*seed: int) -> None:

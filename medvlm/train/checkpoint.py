@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..errors import ModelError
@@ -42,9 +44,12 @@ def save(folder: Path, model, optimizer, state: dict, extra: dict | None = None,
                 if path.is_file():
                     with path.open("rb") as file:
                         os.fsync(file.fileno())
-    except OSError:
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)  # a full disk: what was there before stays
-        raise
+        if isinstance(error, OSError):
+            raise
+        full = "os error 28" in str(error) or shutil.disk_usage(folder).free < 1 << 26  # neither library says it as an OSError
+        raise OSError(errno.ENOSPC if full else errno.EIO, f"the state could not be written: {error}") from error
     distributed.wait()
     if chief:
         if last.exists():  # else a crash between the two renames left the only good state in old
@@ -99,6 +104,6 @@ def restore_optimizer(path: Path, model, optimizer) -> dict:
         dcp.load(held, checkpoint_id=path / "shards")
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=held["optimizer"])
         return {}
-    found = torch.load(path / "optimizer.pt", weights_only=True)
+    found = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(found.pop("optimizer"))
     return found

@@ -157,8 +157,18 @@ def _rank() -> int:
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """(processes x n, ...): the rows (n, ...) of every process, in order of rank, with gradient; the rows themselves outside distributed runs."""
-    return _Gather.apply(rows) if _many() else rows
+    """(processes x n, ...): the rows (n, ...) of every process, in order of rank, with gradient; the rows themselves outside distributed runs.
+
+    Raises:
+        ModelError: BAD_RECIPE where a process holds more rows than another.
+    """
+    if not _many():
+        return rows
+    counts = torch.zeros(dist.get_world_size(), dtype=torch.long, device=rows.device)
+    dist.all_gather_into_tensor(counts, torch.tensor([len(rows)], device=rows.device))
+    if len(set(counts.tolist())) > 1:
+        raise ModelError(f"the processes hold {', '.join(map(str, counts.tolist()))} pairs of a batch", "BAD_RECIPE", "every picture of the stage's data needs a caption")
+    return _Gather.apply(rows)
 
 
 class _Gather(torch.autograd.Function):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..datasets import checks, mirror
 from ..datasets.base import Data, open_data
-from ..errors import ModelError
+from ..errors import MedVLMError, ModelError
 from ..sample import Sample
 from .batches import EAGER, Cases, Room, Stream, room
 from .data import Case, prepare
@@ -43,8 +43,10 @@ class Corpus:
             of = name.partition("/")[0]
             if of not in read:
                 read[of] = {s: [] if found.streamed and s == "train" else list(self._groups(found, s)) for s in SPLITS}
-                if not allow_leaks:
-                    checks.refuse_leaks({s: self._seen(found, s, groups) for s, groups in read[of].items()})
+        if not allow_leaks:
+            opened = {name.partition("/")[0]: found for name, found in self.sets.items()}
+            splits = {s: itertools.chain.from_iterable([self._seen(found, s, read[of][s]) for of, found in opened.items()]) for s in SPLITS}
+            checks.refuse_leaks(splits | {"test": itertools.chain.from_iterable(map(self._tested, opened.values()))})
         self.held = {name: read[name.partition("/")[0]] for name in self.names}
         if not any(self.held[n]["train"] or self.sets[n].streamed for n in self.names):
             raise ModelError(f"{data} holds no training samples of {', '.join(self.names)}", "NO_SAMPLES", "check --data and the splits of its rows")
@@ -61,16 +63,26 @@ class Corpus:
             return itertools.chain.from_iterable(found.traces(s) for s in SPLITS[split])
         return itertools.chain.from_iterable(groups)
 
+    @staticmethod
+    def _tested(found: Data) -> Iterator[Sample]:
+        """What nothing is learnt from. That a public set's test files are not there, or are bad, is no reason not to learn."""
+        try:
+            yield from found.traces("test") if found.streamed else itertools.chain.from_iterable(found.groups("test", []))
+        except MedVLMError:
+            return
+
     def texts(self) -> Iterator[str]:
         """The text of every conversation to learn from; of a streamed set, of its first images."""
         for name in self.names:
             groups = self.held[name]["train"] or itertools.islice(self._groups(self.sets[name], "train", []), WORDS_OF)
             for group in groups:
                 yield from (t.text for s in self.recipe.samples(group, name, "train") for t in s.turns)
+                for image in group[0].images.values():
+                    image.release()
 
-    def sources(self, model, tokenizer, seed: int) -> dict[str, Cases | Stream]:
-        """What each set's training batches are drawn from."""
-        shared = room()
+    def sources(self, model, tokenizer, seed: int, readers: int = 1) -> dict[str, Cases | Stream]:
+        """What each set's training batches are drawn from; readers: processes times workers."""
+        shared = room(readers)
         return {name: self._source(name, model, tokenizer, seed, shared) for name in self.names}
 
     def val(self, model, tokenizer) -> dict[str, Cases]:
@@ -94,7 +106,7 @@ class Corpus:
             return Cases(name, self.held[name]["train"], make, shared, self.bad)
         split = "train" if data.count("train") else None
         read = lambda epoch, part, skip: data.stream(split, seed, epoch, part, skip)  # noqa: E731
-        return Stream(name, read, data.count(split), lambda epoch, part: data.length(split, seed, epoch, part), make)
+        return Stream(name, read, data.count(split), lambda epoch, part: data.length(split, seed, epoch, part), make, self.bad)
 
     def _make(self, name: str, split: str, model, tokenizer):
         twins = split == "train" and any(stage.flip > 0 for stage in self.recipe.stages if name in stage.data)
@@ -105,6 +117,8 @@ class Corpus:
             for case in prepare(model, tokenizer, list(self._mirrored(samples))) if twins else ():
                 case.mirrored = True
                 made.append(case)
+            for image in {id(i): i for s in group for i in s.images.values()}.values():
+                image.release()  # of which slices and windows were cut
             return made
 
         return cases

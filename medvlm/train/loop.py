@@ -31,6 +31,8 @@ from .data import draw
 
 VAL_CASES = 96
 """Most cases of a data set that a look at val takes in."""
+NOTHING = "nothing"
+"""The loss of a part that holds nothing to learn from."""
 GIVE_UP = 20
 """Steps in a row without a finite gradient after which a run ends."""
 
@@ -47,6 +49,7 @@ def train(recipe, data: str | Path, out: str | Path, resume: bool = False, seed:
             resume from), ``skipped.jsonl`` (what skip_bad left out), and at the end ``model``.
         resume: go on from the last state of ``out``. Every step draws its batch and its dropout from (seed, stage,
             step), so that a resumed run goes on as if it had not stopped.
+        device: "cpu" to stay off the GPUs, "cuda" to refuse a machine without one; by default the GPU, where there is one.
         precision: "bf16", "fp16" or "no", of the forward pass; "auto" is bf16 where the hardware computes in it (:func:`fast_bf16`).
         workers: processes that make batches; 0 makes them between the steps.
         shard: split the parameters over the processes (FSDP2) where each would hold all of them (DDP).
@@ -54,7 +57,7 @@ def train(recipe, data: str | Path, out: str | Path, resume: bool = False, seed:
         allow_leaks: train although a patient or a picture is in two splits.
 
     Raises:
-        ModelError: BAD_RECIPE; OUTPUT_EXISTS when ``out`` holds a run and ``resume`` is false; LEAK; OUT_OF_MEMORY;
+        ModelError: BAD_ARGUMENT for a device that is not there; BAD_RECIPE; OUTPUT_EXISTS when ``out`` holds a run and ``resume`` is false; LEAK; OUT_OF_MEMORY;
             DISK_FULL, with the last good state kept; and what is wrong with the data, by manifest line.
     """
     try:
@@ -73,16 +76,23 @@ def train(recipe, data: str | Path, out: str | Path, resume: bool = False, seed:
 def _train(recipe, data, out, resume, seed, device, precision, save_minutes, workers, shard, skip_bad, allow_leaks) -> Path:
     if (out / "recipe.json").exists() and not resume:
         raise ModelError(f"{out} already holds a run", "OUTPUT_EXISTS", "go on with --resume or choose another --out")
+    if device not in (None, "cpu", "cuda") or device == "cuda" and not torch.cuda.is_available():
+        hint = "use cpu, or cuda; CUDA_VISIBLE_DEVICES chooses among several"
+        raise ModelError(f"the device {device!r} cannot be trained on here", "BAD_ARGUMENT", hint)
     found = [objectives.find(stage.objective, stage.options) for stage in recipe.stages]  # a misspelt one ends the run now
     if shard and any(stage.lora for stage in recipe.stages):
         raise ModelError("adapters (lora) cannot be put into a model whose parameters are split", "BAD_RECIPE", "leave out --shard: with LoRA most parameters are frozen")
     distributed.refuse_ignored_fsdp("cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda")
     precision = ("bf16" if fast_bf16(device) else "no") if precision == "auto" else precision
+    if precision == "fp16" and (shard or device == "cpu" or not torch.cuda.is_available()):
+        raise ModelError("fp16 needs a GPU and whole parameters (no --shard)", "BAD_ARGUMENT", "use --precision bf16, or no")
     AcceleratorState._reset_state()  # else a second run of this process must have the first one's precision
     accelerator = Accelerator(
         mixed_precision=precision, cpu=device == "cpu" or not torch.cuda.is_available(),
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )  # fmt: skip
+    if uneven := next((s for s in recipe.stages if s.batch % distributed.world()), None):
+        raise ModelError(f"stage {uneven.name}: a batch of {uneven.batch} cannot be shared out evenly over {distributed.world()} processes", "BAD_RECIPE", "give a multiple")
     chief = accelerator.is_main_process
     out.mkdir(parents=True, exist_ok=True)
     distributed.wait()
@@ -102,7 +112,7 @@ def _train(recipe, data, out, resume, seed, device, precision, save_minutes, wor
     if any(stage.pack for stage in recipe.stages) and not share_rows(model.lm):
         raise ModelError("conversations that share a row would leak into each other in this language model", "BAD_RECIPE", "leave pack out of the stages")
 
-    sources, val = corpus.sources(model, tokenizer, seed), corpus.val(model, tokenizer)
+    sources, val = corpus.sources(model, tokenizer, seed, distributed.world() * max(1, workers)), corpus.val(model, tokenizer)
     recipe = _counted(recipe, sources)
     if chief:
         facts = {n: {"images": len(sources[n]), "val": len(val[n]), "sha256": corpus.sets[n].fingerprint} for n in corpus.names}
@@ -211,6 +221,8 @@ class _Losses(nn.Module):
                 read = (head.scale(), *([] if head.logit_bias is None else [head.logit_bias * 1]))
                 continue
             losses[name] = objective(self.model, batch, out)
+        if distributed.world() > 1 and self.training and not vectors and not any(losses.values()):  # the others wait for this process's gradients
+            losses[next(iter(self.found))] = {NOTHING: sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0}
         return vectors, losses, read
 
 
@@ -234,6 +246,7 @@ class _Stage:
 
     def begin(self, last: Path | None, state: dict) -> None:
         """Adapters, optimiser and, after a stop in the middle of this stage, the state it had."""
+        self.accelerator.free_memory()  # else earlier stages' optimisers are kept, and unscaled once more at each step
         optim.optimizer(self.model, self.stage)  # sets what learns, which the adapters need to know
         seed_everything(self.seed, self.number)  # of the adapters, also where a run goes on at this stage
         optim.adapt(self.model, self.stage)
@@ -260,7 +273,8 @@ class _Stage:
 
     def end(self) -> None:
         """The model as the stage leaves it: its best weights where it was watched, adapters merged."""
-        if self.stage.patience is not None and (best := checkpoint.newest(self.out / "checkpoints/best")):
+        best = checkpoint.newest(self.out / "checkpoints/best") if self.stage.patience is not None else None
+        if best and checkpoint.read_state(best)["stage"] == self.number:  # another stage's are not its own
             checkpoint.restore(best, self.model)
         if self.stage.lora:
             optim.merge(self.model)
@@ -319,12 +333,12 @@ class _Stage:
     def backward(self, parts: list[Batch]) -> dict[str, float]:
         """Gradients of the mean losses over the whole step, all its parts and processes; gives those losses.
 
-        An objective's ``count`` says over how many of a batch it is a mean (answer tokens, say), so that parts weigh what
-        they hold; without it, each part weighs the same.
+        An objective's ``count`` says over how many of a batch each of its losses is a mean (answer tokens, say), so that parts
+        weigh what they hold; what it does not count weighs by part.
         """
-        counts = {name: [float(f.count(part)) if hasattr(f, "count") else 1.0 for part in parts] for name, f in self.found.items()}
-        whole = dict(zip(counts, distributed.total(*(sum(c) for c in counts.values()))))
-        share = {name: [c * distributed.world() / max(whole[name], 1.0) for c in counts[name]] for name in counts}
+        counts = [{(name, k): float(c) for name, f in self.found.items() for k, c in (f.count(self.model, part) if hasattr(f, "count") else {}).items()} for part in parts]
+        whole = dict(zip(counts[0], distributed.total(*(sum(c[k] for c in counts) for k in counts[0]))))
+        share = [{k: c[k] * distributed.world() / max(whole[k], 1.0) for k in c} for c in counts]
         logged: dict[str, float] = defaultdict(float)
         order = {id(part): i for i, part in enumerate(parts)}
 
@@ -336,10 +350,10 @@ class _Stage:
                 return self.module(part, between)
 
         def weighed(losses: dict[str, dict], i: int) -> dict[str, torch.Tensor]:
-            return {k: v * self.stage.weights.get(k, 1.0) * share[name][i] for name, group in losses.items() for k, v in group.items()}
+            return {k: v * self.stage.weights.get(k, 1.0) * share[i].get((name, k), 1 / len(parts)) for name, group in losses.items() for k, v in group.items()}
 
         def note(losses):
-            for name, value in losses.items():
+            for name, value in losses.items() if NOTHING not in losses else ():
                 logged[name] += float(value.detach()) / (self.stage.weights.get(name, 1.0) or 1.0)
 
         if self.between is not None and len(parts) > 1:

@@ -3,8 +3,8 @@
 Arguments after those three are a stage's ``options``. An objective may carry functions that the loop heeds:
 
 - ``before(model, batch) -> batch``: changes a batch before the model sees it.
-- ``count(batch) -> int``: over how many its losses are means, so that parts of a step weigh what they hold; what it does not
-  count weighs by part.
+- ``count(model, batch) -> {loss: int}``: over how many each of its losses is a mean, the same losses for every batch, so that
+  parts of a step weigh what they hold; what it does not count weighs by part.
 - ``vectors(model, batch, out)`` and ``between(model, image, text, labels, ...) -> losses``: of one whose examples meet in the
   loss: the loop collects the vectors of a step's parts first, and ``labels(batch)`` where the objective has it.
 """
@@ -34,13 +34,15 @@ CLICKED = 8
 """Masks of a batch that are drawn again from a point or a box."""
 
 
-def _answers(batch: Batch) -> int:
-    return int((batch.labels[:, 1:] >= 0).sum())
+def _answers(model: MedVLM, batch: Batch) -> dict[str, int]:
+    return {"lm": int((batch.labels[:, 1:] >= 0).sum())}
 
 
 @parts.carries(count=_answers)
 def lm(model: MedVLM, batch: Batch, out: Output, chunk: int = 256) -> dict[str, Tensor]:
     """Cross-entropy on the answers' tokens only, averaged over them; logits of ``chunk`` tokens are held at a time."""
+    if not len(batch.ids):
+        return {}
     labels = F.pad(batch.labels[:, 1:], (0, 1), value=-100)
     if model.plain_head:
         return {"lm": answer_loss(model.get_output_embeddings(), out.hidden.flatten(0, 1), labels.flatten(), chunk)}
@@ -49,6 +51,15 @@ def lm(model: MedVLM, batch: Batch, out: Output, chunk: int = 256) -> dict[str, 
     return {"lm": F.cross_entropy(out.logits[told].float(), labels[told])}
 
 
+def _prompted(model: MedVLM, batch: Batch) -> dict[str, int]:
+    if batch.seg is None or not len(batch.seg):
+        return dict.fromkeys(("present", "mask", "dense", "prompted"), 0)
+    head, shown, known = model.heads["mask"], batch.targets["present"].bool(), batch.targets["label"] >= 0
+    drawn = shown if head.ladder is None else shown & ~known
+    return {"present": len(shown), "mask": int(drawn.sum()), "dense": int((shown & known).sum()), "prompted": int((shown & ~batch.targets["weak"]).sum())}
+
+
+@parts.carries(count=_prompted)
 def mask(model: MedVLM, batch: Batch, out: Output, tversky: tuple[float, float] | None = None, focal: float | None = None) -> dict[str, Tensor]:
     """Masks drawn from [SEG] states, and again from a point or a box inside the same target.
 
@@ -118,6 +129,12 @@ def mask_losses(logits: Tensor, quality: Tensor | None, target: Tensor, weak: Te
     return torch.where(weak, outside + 0.5 * shadow, exact)
 
 
+def _outlined(model: MedVLM, batch: Batch) -> dict[str, int]:
+    told = batch.targets.get("outline")
+    return {"outline": 0, "empty": 0} if told is None else {"outline": len(told["image"].unique()), "empty": len(told["none"])}
+
+
+@parts.carries(count=_outlined)
 def outline(model: MedVLM, batch: Batch, out: Output, absent: float = 0.5, tversky: tuple[float, float] | None = None, focal: float | None = None) -> dict[str, Tensor]:
     """All that is outlined of a picture at once, on the maps of the labels that the mask head knows by name; no words are needed.
 
@@ -176,6 +193,22 @@ def point_prompts(target: Tensor) -> Tensor:
     return torch.stack(points)
 
 
+def _groups(head, target: Tensor) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+    """({group: (index of its labels, (K,) pictures of which it is known)}, (K, labels) the other labels that are known)."""
+    found, sure = {}, ~target.isnan()
+    for group in head.groups:
+        index = torch.tensor([head.labels.index(n) for n in group], device=target.device)
+        found[group[0].split(":")[0]] = index, (target[:, index] == 1).any(1)
+        sure[:, index] = False
+    return found, sure
+
+
+def _known(model: MedVLM, batch: Batch) -> dict[str, int]:
+    groups, sure = _groups(model.heads["classify"], batch.targets["labels"])
+    return {name: int(told.sum()) for name, (_, told) in groups.items()} | {"labels": int(sure.sum())}
+
+
+@parts.carries(count=_known)
 def classify(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     """Cross-entropy on the labels that are known (batch.targets["labels"]: (K, labels), NaN unknown)."""
     if not out.features:
@@ -183,15 +216,11 @@ def classify(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     head = model.heads["classify"]
     features = _seen(model, batch, out)
     logits, target = head(features).float(), batch.targets["labels"]
-    grouped = torch.zeros(len(head.labels), dtype=torch.bool, device=logits.device)
+    groups, sure = _groups(head, target)
     losses: dict[str, Tensor] = {}
-    for group in head.groups:
-        index = torch.tensor([head.labels.index(n) for n in group], device=logits.device)
-        grouped[index] = True
-        told = (target[:, index] == 1).any(1)
+    for name, (index, told) in groups.items():
         if told.any():
-            losses[group[0].split(":")[0]] = F.cross_entropy(logits[told][:, index], (target[told][:, index] == 1).float().argmax(1)) * 0.3
-    sure = ~target.isnan() & ~grouped
+            losses[name] = F.cross_entropy(logits[told][:, index], (target[told][:, index] == 1).float().argmax(1)) * 0.3
     if sure.any():
         losses["labels"] = F.binary_cross_entropy_with_logits(logits[sure], target[sure])
     return losses
@@ -211,6 +240,8 @@ def vectors(model: MedVLM, batch: Batch, out: Output) -> tuple[Tensor, Tensor]:
 
 
 def _pair_labels(batch: Batch) -> Tensor:
+    if "text" not in batch.targets:
+        raise ModelError("a contrastive objective met a batch without captions", "BAD_RECIPE", "its data sets need conversations of kind caption, report or facts")
     return batch.targets["labels"][batch.targets["text"]["image"]]
 
 
@@ -245,6 +276,16 @@ def soft(model: MedVLM, batch: Batch, out: Output, tile: int | None = None, temp
     return _soft(model, *vectors(model, batch, out), _pair_labels(batch), tile, temperature)
 
 
+def _places(model: MedVLM, batch: Batch) -> dict[str, int]:
+    """FCOS takes its means over the cells that are to find an object; the objects stand for them."""
+    marked = batch.targets.get("boxes")
+    objects = 0 if marked is None else max(len(marked["label"]), int(marked["told"].any()))
+    asked = batch.seg is not None and len(batch.seg)
+    present = batch.targets["present"] if asked else torch.zeros(0)
+    return {**dict.fromkeys(("boxes", "box_edges", "box_centres"), objects), "place_present": len(present), "place": int(present.bool().sum())}
+
+
+@parts.carries(count=_places)
 def box(model: MedVLM, batch: Batch, out: Output) -> dict[str, Tensor]:
     """Objects of the head's labels, and the place that each <|seg|> means; each where the head has that part and the batch its targets.
 

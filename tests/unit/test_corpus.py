@@ -14,9 +14,9 @@ from PIL import Image as Pillow
 from safetensors.torch import load_file
 
 from medvlm.datasets import shards
-from medvlm.errors import MedVLMError
+from medvlm.errors import MedVLMError, ModelError
 from medvlm.sample import Turn
-from medvlm.train.batches import Batches, Cases, Room, Stream, plan
+from medvlm.train.batches import Batches, Cases, Room, Stream, loader, plan
 from medvlm.train.corpus import Corpus
 from medvlm.train.loop import train
 
@@ -104,6 +104,52 @@ def test_a_patient_or_a_picture_in_two_splits_is_refused_unless_allowed(spoiled,
             run(data, tmp_path / f"run{k}")
         assert e.value.code == "LEAK" and what in e.value.message and "x0" in e.value.message and "--allow-leaks" in e.value.hint
     run(data, tmp_path / "allowed", allow_leaks=True)
+
+
+def test_test_and_other_sets_are_looked_at_for_leaks_too(spoiled, tmp_path):
+    def tested(found, folder):
+        found[-1] |= {"split": "test", "patient": found[0]["patient"]}
+
+    data = spoiled(tested)
+    with pytest.raises(MedVLMError) as e:
+        run(data, tmp_path / "run")
+    assert e.value.code == "LEAK" and "patients in two splits: 1" in e.value.message and "(train, test)" in e.value.message
+    data = spoiled(lambda found, folder: found[-1].update(patient="p9"))
+    shutil.copytree(data / "drawn", data / "other")
+    lines = rows(data)
+    (data / "other/manifest.jsonl").write_text("\n".join(json.dumps(r | {"split": "val" if r["split"] == "train" else "test"}) for r in lines))
+    both = replace(drawn.RECIPE, stages=(replace(drawn.RECIPE.stages[0], data={"drawn": 1.0, "other": 1.0}),))
+    with pytest.raises(MedVLMError) as e:
+        run(data, tmp_path / "both", both)
+    assert e.value.code == "LEAK" and "pictures in two splits" in e.value.message and "patients" not in e.value.message  # another set's patients are others
+
+
+def test_what_a_worker_meets_keeps_its_name(root):
+    class Broken:
+        def __init__(self, like):
+            self.like = like
+
+        def __len__(self):
+            return 1
+
+        def reader(self, seed, part):
+            def at(position):
+                raise ModelError("it went wrong", "BAD_DATASET", "mend it")
+
+            return at
+
+    batches = Batches(replace(drawn.RECIPE.stages[0], steps=2), (0, 0), {"drawn": Broken(None)}, tiny.tokenizer(), 0)
+    for workers in (0, 1):
+        with pytest.raises(MedVLMError) as e:
+            list(loader(batches, workers))
+        assert (e.value.code, e.value.hint) == ("BAD_DATASET", "mend it")
+
+
+def test_shards_with_less_than_a_row_a_reader_are_refused():
+    stream = Stream("few", lambda epoch, part, skip: iter(()), 3, lambda epoch, part: 0, lambda group: [])
+    with pytest.raises(MedVLMError) as e:
+        stream.reader((0,), (3, 4))(0)
+    assert e.value.code == "BAD_DATASET" and "3 rows" in e.value.message and "4 readers" in e.value.message
 
 
 def test_a_root_or_a_set_that_is_not_there(root, tmp_path):

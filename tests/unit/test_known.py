@@ -5,7 +5,8 @@ import pytest
 
 from medvlm.datasets.facts import case_of
 from medvlm.imaging.scan import Image
-from medvlm.predictors.known import Asked, answer, asked, measured
+from medvlm.predictors.known import Asked, answer, asked, chosen, measured
+from medvlm.predictors.native import choices_of
 from medvlm.sample import Mask, Region, Sample
 
 GROUPS = {"modality": ("xray", "ct", "mr", "fundus", "pathology"), "view": ("PA", "AP"), "plane": ("axial", "coronal", "sagittal"),
@@ -17,6 +18,8 @@ FINDINGS, TARGETS, BOXED = ("pneumothorax", "COVID-19 pneumonia", "pleural effus
     ("Is this a CT scan?", ("modality", "ct")), ("Is this a CT scan? Answer yes or no.", ("modality", "ct")), ("Is this an X-ray?", ("modality", "xray")), ("Is the picture a chest X-ray?", ("modality", "xray")),
     ("Is this a fundus photograph?", ("modality", "fundus")), ("Is this an MRI?", ("modality", "mr")), ("What kind of image is this?", ("modality", None)),
     ("Which imaging modality is this?", ("modality", None)), ("What type of imaging is this?", ("modality", None)), ("What modality was used?", ("modality", None)),
+    ("What imaging modality was used to take this image?", ("modality", None)), ("What type of scan is this?", ("modality", None)), ("In what plane is this CT scan taken?", ("plane", None)),
+    ("What part of the body does this X-ray show?", ("part", None)),
     ("Is this an axial slice?", ("plane", "axial")), ("Is the slice coronal?", ("plane", "coronal")), ("In which plane is this slice?", ("plane", None)),
     ("Which plane does this slice show?", ("plane", None)), ("Is this an image of the chest?", ("part", "chest")), ("Does this image show the abdomen region?", ("part", "abdomen")),
     ("Which part of the body is shown?", ("part", None)), ("Is this the left eye?", ("eye", "left")), ("Which eye is this?", ("eye", None)),
@@ -44,6 +47,7 @@ def test_where_how_large_and_how_many_is_asked_of_what_was_drawn(question, wante
     "Is there a pneumothorax on the left?", "Is the pleural effusion large?", "Is this a normal chest X-ray?", "Is there a fracture?", "Is this a PA or AP film?",
     "Is the liver enlarged?", "Is the liver in the left upper lobe?", "How many livers are there?", "How many ribs are fractured?", "How large is the tumour in the liver?",
     "Where is the fracture?", "Is the liver on the right larger?", "Is this patient female?", "What is the abnormality?", "Is there a mass in the liver?", "Is this image normal?",
+    "What imaging findings suggest pneumonia?", "Which scan shows the tumor?", "What study should be done next?", "Which body part is fractured?", "Which plane of the pelvis is fractured?",
     "What kind of lesion is this?", "Is this a CT scan with contrast?", "Which organ is abnormal?", "Is there no pneumothorax?", "",
 ])  # fmt: skip
 def test_what_goes_further_is_not(question):
@@ -52,6 +56,22 @@ def test_what_goes_further_is_not(question):
 
 def test_only_what_the_model_has_is_asked_of_it():
     assert asked("Is this an axial slice?", {"modality": ("ct",)}, (), ()) is None and asked("Is there a pneumothorax?", GROUPS, (), ()) is None
+
+
+def test_of_the_answers_allowed_the_likeliest_is_given_in_their_words():
+    chances = {"modality:ct": 0.5, "modality:mr": 0.3, "modality:xray": 0.2, "part:head": 1.0}
+    wanted = asked("What modality is this?", GROUPS, (), ())
+    text, sure, shares = chosen(wanted, chances, ("MRI", "CT scan", "Ultrasound"))
+    assert text == "CT scan" and sure == pytest.approx(0.625) and shares == {"MRI": pytest.approx(0.375), "CT scan": pytest.approx(0.625), "Ultrasound": 0.0}
+    assert chosen(wanted, chances, ("CT", "Ultrasound")) is None and chosen(wanted, chances, ("T1", "T2")) is None
+
+
+@pytest.mark.parametrize(("question", "choices"), [
+    ("Can you describe the findings?", None), ("Could you please list the abnormalities?", None), ("Would you explain what is shown?", None), ("Will you show me the liver?", None),
+    ("Can you see a fracture?", ("yes", "no")), ("Would you describe the mass as cystic?", ("yes", "no")), ("Would you expect an effusion?", ("yes", "no")),
+])  # fmt: skip
+def test_a_request_is_no_yes_no_question(question, choices):
+    assert choices_of(question) == choices
 
 
 def test_answers_are_the_heads_own_chances():

@@ -209,6 +209,29 @@ def test_a_marked_voxel_goes_where_the_patient_has_it_and_comes_back(orientation
     np.testing.assert_array_equal(place.map_to_image(coverage[None])[0].numpy(), mark.astype(np.float32))
 
 
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_a_slice_lies_in_the_input_as_in_its_volume_and_its_mask_comes_back(orientation):
+    """The mark is behind and left, above and left, or above and behind, so late in the input's rows or first, however the slice is stored."""
+    upright = np.zeros((4, 4, 5), np.float32)
+    upright[3, 3, 4] = 1
+    scan = volume(upright, spacing=(3, 2, 1)).reorient(orientation)
+    at = int(np.argwhere(scan.voxels[0])[0][0])
+    affine = scan.affine.copy()
+    affine[:, 3] = affine @ np.array([at, 0, 0, 1.0])
+    picture = Image("slice", scan.voxels[:, at], scan.spacing[1:], "ct", "HU", {"affine": affine})
+    spec = InputSpec((24, 24), unit="HU", windows=((0.5, 2),))
+    tensor, place = to_tensor(picture, spec)
+    kind = {"S": "axial", "I": "axial", "P": "coronal", "A": "coronal", "L": "sagittal", "R": "sagittal"}[orientation[0]]
+    row, column = np.argwhere(tensor[0].numpy() == tensor[0].numpy().max()).mean(0)
+    assert (row > 12, column > 12) == {"axial": (True, True), "coronal": (False, True), "sagittal": (False, True)}[kind]  # P and L; head up, L; head up, P
+    mark = picture.pixels[0] > 0
+    assert np.array_equal(place.masks(place.mask_to_input(mark)[None], 0.5)[0], mark)
+    box = [np.argwhere(mark)[0], np.argwhere(mark)[0] + 1]
+    low, high = place.box_to_input(box)
+    assert (low < (row + 0.5, column + 0.5)).all() and (high > (row + 0.5, column + 0.5)).all()
+    np.testing.assert_allclose(place.box_to_image(place.box_to_input(box)), box)
+
+
 @pytest.mark.parametrize("tilt", [np.eye(3), np.array([[1, 0, 0], [0, 0.9, -0.3], [0.1, 0.25, 0.95]]), np.array([[0.8, 0, 0.6], [0.1, -1, 0], [-0.6, 0.2, 0.8]])])
 def test_an_input_voxel_holds_what_lies_at_its_place(tilt):
     """A field that is linear in the patient is linear along every axis, so scaling by any factor keeps its values.

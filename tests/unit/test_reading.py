@@ -210,6 +210,23 @@ def test_many_studies_go_on_where_they_stopped(worklist, tmp_path):
     assert other.calls == 3
 
 
+def test_two_sources_of_one_study_are_both_read_and_neither_is_lost(tmp_path):
+    for name, position in (("a", 0.0), ("b", 50.0)):
+        file = studies.dicom(tmp_path / name / "0.dcm", position=position)
+        ds = pydicom.dcmread(file)
+        ds.Modality, ds.SeriesInstanceUID = "DX", f"1.2.3.{name == 'b':d}"
+        ds.Rows = ds.Columns = 40
+        ds.PixelData = np.full((40, 40), 100, np.uint16).tobytes()
+        ds.save_as(file)
+    model, sources = Known(ill=()), [tmp_path / "a", tmp_path / "b"]
+    first = [r for _, r in reading.analyze_many(sources, model, tmp_path / "out")]
+    assert model.calls == 2 and first[0]["study"] == first[1]["study"] and first[0]["held"] != first[1]["held"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [first[0]["study"], first[0]["study"] + "-2"]
+    assert [r for _, r in reading.analyze_many(sources, model, tmp_path / "out")] == first and model.calls == 2
+    list(reading.analyze_many(sources[1:], model, tmp_path / "out"))  # another series has come in the first one's place
+    assert model.calls == 3
+
+
 @pytest.mark.parametrize("error", [ModelError("not this one", "OUT_OF_SCOPE"), ValueError("Doe^Jane")])
 def test_one_study_that_fails_does_not_stop_the_others(worklist, tmp_path, error):
     class Second(Known):

@@ -4,16 +4,19 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import drawn
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from medvlm.errors import MedVLMError
@@ -97,6 +100,36 @@ def test_a_full_disk_has_a_name_and_the_last_state_stays(root, tmp_path, monkeyp
     train(recipe, root, tmp_path / "run", device="cpu", precision="no", resume=True)
     train(recipe, root, tmp_path / "whole", device="cpu", precision="no")
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == (tmp_path / "whole/model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left on device (os error 28)"), RuntimeError("PytorchStreamWriter failed writing file")])
+def test_what_the_libraries_say_of_a_full_disk_is_understood(tmp_path, monkeypatch, error):
+    model = torch.nn.Linear(2, 2)
+    checkpoint.save(tmp_path, model, torch.optim.AdamW(model.parameters()), {"step": 1})
+
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(OSError) as e:
+        checkpoint.save(tmp_path, model, torch.optim.AdamW(model.parameters()), {"step": 2})
+    assert e.value.errno == errno.ENOSPC and [p.name for p in tmp_path.iterdir()] == ["last"] and checkpoint.read_state(tmp_path / "last") == {"step": 1}
+
+
+def test_a_stage_takes_back_no_other_stages_weights(root, tmp_path):
+    """The second stage's val is empty, so that it never saves a best one."""
+    settings = [*SETTINGS, "stages.speak.patience=9", 'stages.speak.data={"blind": 1}']
+    shutil.copytree(root, tmp_path / "data")
+    shutil.copytree(root / "drawn", tmp_path / "data/blind")
+    manifest = tmp_path / "data/blind/manifest.jsonl"
+    lines = [line for line in map(json.loads, manifest.read_text().splitlines()) if line["split"] == "train"]
+    manifest.write_text("\n".join(map(json.dumps, lines)))
+    recipe = replace(override(drawn.RECIPE, settings), finish=None)
+    train(recipe, tmp_path / "data", tmp_path / "run", device="cpu", precision="no", allow_leaks=True)
+    last, best = (load_file(tmp_path / f"run/checkpoints/{name}/model.safetensors") for name in ("last", "best/last"))
+    assert checkpoint.read_state(tmp_path / "run/checkpoints/best/last")["stage"] == 0
+    assert any(not torch.equal(last[k], best[k]) for k in last if k.startswith("lm."))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")

@@ -402,3 +402,45 @@ def test_a_question_does_not_vanish_with_its_image(bright):
     manifest.write_text(text + json.dumps(row | {"qa": [{"qid": "b", "question": "Is it?", "answer": "yes"}]}) + "\n")
     with pytest.raises(MedVLMError, match="line 17"):
         plan("vqa", bright)
+
+
+def test_nothing_is_compared_on_other_answers_than_were_predicted(bright, tmp_path):
+    for model in (Looks(), Constant()):
+        evaluate("vqa", model, bright, tmp_path / model.name, quiet=True)
+    manifest = bright / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace("bright square", "light square"))
+    with pytest.raises(MedVLMError) as wrong:
+        compare(tmp_path / "looks", tmp_path / "constant")
+    assert wrong.value.code == "DATA_DIFFER"
+
+
+@pytest.mark.parametrize("limit", [0, -3])
+def test_a_limit_that_leaves_nothing_is_refused(bright, tmp_path, limit):
+    with pytest.raises(MedVLMError) as wrong:
+        evaluate("vqa", Looks(), bright, tmp_path / "run", limit=limit, quiet=True)
+    assert wrong.value.code == "BAD_ARGUMENT"
+
+
+def test_calibration_is_never_fitted_on_what_is_scored(bright, tmp_path):
+    manifest = bright / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(json.loads(line) | {"split": None}) + "\n" for line in manifest.read_text().splitlines()).replace(', "split": null', ""))
+    with pytest.raises(MedVLMError) as wrong:
+        evaluate("vqa", Looks(), bright, tmp_path / "run", quiet=True, calibrate=True)
+    assert wrong.value.code == "BAD_ARGUMENT" and not (tmp_path / "run").exists()
+
+
+def test_rows_without_a_split_are_scored_only_where_no_row_names_one(bright, tmp_path):
+    manifest = bright / "manifest.jsonl"
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for line in lines[:BRIGHT]:
+        del line["split"]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = Looks()
+    evaluate("vqa", asked, bright, tmp_path / "mixed", quiet=True)
+    assert {i[:4] for i in asked.asked} == {"test"}
+    for line in lines[BRIGHT:]:
+        del line["split"]
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = Looks()
+    evaluate("vqa", asked, bright, tmp_path / "none", quiet=True)
+    assert {i[:4] for i in asked.asked} == {"test", "trai"}
