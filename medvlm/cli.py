@@ -422,6 +422,19 @@ def list_parts(args: argparse.Namespace) -> int:
     return 0
 
 
+def doctor_arguments(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """what works here: versions, devices, codecs, extras and the bundled model"""
+    from .doctor import examine, spoken
+
+    found = examine()
+    print(json.dumps(found) if args.json else spoken(found))
+    return 1 if found["problems"] else 0
+
+
 def _model(args: argparse.Namespace):
     from .predictors import load
 
@@ -478,6 +491,7 @@ VERBS: dict[str, tuple[Callable[[Parser], None], Callable[[argparse.Namespace], 
     "shard": (shard_arguments, shard),
     "demo": (demo_arguments, demo),
     "list": (list_arguments, list_parts),
+    "doctor": (doctor_arguments, doctor),
 }
 
 

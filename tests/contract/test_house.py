@@ -22,7 +22,7 @@ FLOORS = {
     "reading": 7.5, "export": 7.5,
     "train": 8,
     "recipes": 9,
-    "demo": 10,
+    "demo": 10, "doctor": 10,
     "cli": 11, "__main__": 12,
 }  # fmt: skip
 """Floor of each file or folder of the package; a new one must be given its floor here."""

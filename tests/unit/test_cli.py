@@ -177,3 +177,23 @@ def test_embed_writes_a_vector_that_numpy_reads(tmp_path, capsys, monkeypatch):
     assert (status, out) == (2, "") and ".npy" in err
     status, _, err = run(capsys, "classify", picture, "pneumonia")
     assert status == 2 and "seer cannot classify; it can embed" in err
+
+
+def test_the_doctor_says_what_works_and_what_to_install(capsys, monkeypatch):
+    from medvlm.imaging import dicom_pixels
+
+    status, out, _ = run(capsys, "doctor", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["problems"] == [] and found["models"] == {"medvlm-tiny": "reads"}
+    assert found["packages"]["torch"] and all(found["codecs"].values()) and found["devices"]["cores"] >= 1 and found["extras"]["test"] == []
+    monkeypatch.setattr(dicom_pixels, "DECODERS", ((dicom_pixels.JPEG2000, (("no such", "pylibjpeg-openjpeg"),)), *dicom_pixels.DECODERS[1:]))
+    status, out, _ = run(capsys, "doctor")
+    assert status == 1 and "JPEG 2000: MISSING" in out and "pylibjpeg-openjpeg" in out.splitlines()[-1] + out.splitlines()[-2]
+
+
+def test_a_place_that_cannot_be_written_is_said(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/manifest.jsonl").write_text('{"id": "a", "image": null, "modality": "other", "split": "test", "qa": [{"qid": "a", "question": "Is it?", "answer": "yes"}]}\n')
+    (tmp_path / "file").write_text("")
+    status, _, err = run(capsys, "evaluate", "vqa", "--model", "blind:yes", "--data", tmp_path / "data", "--out", tmp_path / "file")
+    assert status == 1 and "[CANNOT_WRITE]" in err and len(err.splitlines()) == 1
