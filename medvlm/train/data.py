@@ -153,7 +153,7 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
     """
     pictures: dict[str, list[Tensor]] = defaultdict(list)
     labels, captions, objects, told = [], [], [], []
-    drawn: list[tuple[int, int, bool, Tensor | None]] = []
+    drawn: list[tuple[int, int, bool, Tensor | None, bool]] = []
     rows: list[tuple[Turnset, dict, Case, dict[int, Tensor]]] = []
     for case, lot in zip(cases, lots):
         chosen = [case.turns[i] for i in _choose(case.turns, turns, kinds or {}, lot)]
@@ -176,7 +176,7 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
                         array, targets = laid(array, way), laid(targets, way)
                 moved |= zip(mine, torch.from_numpy(np.ascontiguousarray(targets)))
                 if order == k == 0:
-                    drawn += [(len(pictures[encoder]), label, case.weak[t], moved[t] if case.present[t] else None) for label, t in named.items()]
+                    drawn += [(len(pictures[encoder]), label, case.weak[t], *((moved[t], _stays(case, t, moved)) if case.present[t] else (None, False))) for label, t in named.items()]
                 if case.objects is not None and order == k == 0:
                     objects.append((len(pictures[encoder]), corners, marks))
                 slots.setdefault(key, []).append((encoder, len(pictures[encoder])))
@@ -210,9 +210,14 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
     return batch
 
 
-def _outlines(drawn: Sequence[tuple[int, int, bool, Tensor | None]]) -> dict[str, Tensor]:
-    """(picture, label, weak, coverage or None where it is absent) as tensors; what was moved out of the picture is neither there nor absent."""
-    there = [d for d in drawn if d[3] is not None and bool((d[3] > 127).any())]
+def _stays(case: Case, target: int, moved: Mapping[int, Tensor]) -> bool:
+    """Whether a target is still in the picture after the move: half of what was most covered of it, since no pixel is covered wholly by what is thin."""
+    return case.present[target] and bool((moved[target] > min(127, int(case.masks[target].max()) // 2)).any())
+
+
+def _outlines(drawn: Sequence[tuple[int, int, bool, Tensor | None, bool]]) -> dict[str, Tensor]:
+    """(picture, label, weak, coverage or None where it is absent, whether it stays) as tensors; what was moved out of the picture is neither there nor absent."""
+    there = [d for d in drawn if d[4]]
     none = [d[:2] for d in drawn if d[3] is None]
     return {
         "mask": torch.stack([d[3] for d in there]) if there else torch.zeros(0, dtype=torch.uint8), "weak": torch.tensor([d[2] for d in there], dtype=torch.bool),
@@ -238,7 +243,7 @@ def _masks(rows) -> dict[str, Tensor]:
         raise ModelError("masks of several encoders' inputs in one batch", "BAD_RECIPE", "mix only data sets that one encoder sees")
     return {
         "mask": torch.stack(masks), "weak": torch.tensor([case.weak[t] for case, _, t in wanted]),
-        "present": torch.tensor([float(case.present[t] and bool((moved[t] > 127).any())) for case, moved, t in wanted]), "label": torch.tensor([case.names[t] for case, _, t in wanted]),
+        "present": torch.tensor([float(_stays(case, t, moved)) for case, moved, t in wanted]), "label": torch.tensor([case.names[t] for case, _, t in wanted]),
     }  # fmt: skip
 
 

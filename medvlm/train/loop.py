@@ -57,7 +57,7 @@ def train(recipe, data: str | Path, out: str | Path, resume: bool = False, seed:
         allow_leaks: train although a patient or a picture is in two splits.
 
     Raises:
-        ModelError: BAD_ARGUMENT for a device that is not there; BAD_RECIPE; OUTPUT_EXISTS when ``out`` holds a run and ``resume`` is false; LEAK; OUT_OF_MEMORY;
+        ModelError: BAD_ARGUMENT for a device that is not there and a resumed run of another seed; DATA_DIFFER for one of other data; BAD_RECIPE; OUTPUT_EXISTS when ``out`` holds a run and ``resume`` is false; LEAK; OUT_OF_MEMORY;
             DISK_FULL, with the last good state kept; and what is wrong with the data, by manifest line.
     """
     try:
@@ -114,6 +114,8 @@ def _train(recipe, data, out, resume, seed, device, precision, save_minutes, wor
 
     sources, val = corpus.sources(model, tokenizer, seed, distributed.world() * max(1, workers)), corpus.val(model, tokenizer)
     recipe = _counted(recipe, sources)
+    if resume:
+        _same_run(out, seed, {n: corpus.sets[n].fingerprint for n in corpus.names})
     if chief:
         facts = {n: {"images": len(sources[n]), "val": len(val[n]), "sha256": corpus.sets[n].fingerprint} for n in corpus.names}
         record.write(out, recipe, facts, {"seed": seed, "precision": precision, "processes": distributed.world(), "workers": workers, "sharded": shard})
@@ -153,6 +155,18 @@ def _train(recipe, data, out, resume, seed, device, precision, save_minutes, wor
         record.curves(out)
     distributed.wait()
     return out / "model"
+
+
+def _same_run(out: Path, seed: int, data: dict[str, str]) -> None:
+    """What must not change while a run goes on, or its steps would be no one's."""
+    try:
+        before = json.loads((out / "recipe.json").read_text())
+    except OSError:
+        return
+    if before["seed"] != seed:
+        raise ModelError(f"the run was begun with seed {before['seed']}, not {seed}", "BAD_ARGUMENT", f"go on with --seed {before['seed']}")
+    if changed := [n for n, mark in data.items() if before["data"].get(n, {}).get("sha256", mark) != mark]:
+        raise ModelError(f"the data of {', '.join(changed)} have changed since the run was begun", "DATA_DIFFER", "go on with the data of the run, or begin another --out")
 
 
 def fast_bf16(device: str | None = None) -> bool:

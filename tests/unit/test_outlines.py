@@ -228,3 +228,14 @@ def test_parts_of_a_step_weigh_what_they_hold(tmp_path):
     (one, told), (apart, said) = gradients([whole(cases)]), gradients([whole([c]) for c in cases])
     assert {k: v for k, v in told.items() if k != "prompted"} == pytest.approx({k: v for k, v in said.items() if k != "prompted"}, abs=1e-5) and {"outline", "present", "lm"} <= told.keys()
     assert one.keys() == apart.keys() and max(float((one[k] - apart[k]).abs().max()) for k in one) < 1e-4 * max(float(g.abs().max()) for g in one.values())
+
+
+def test_what_is_thinner_than_a_pixel_of_the_input_is_still_there():
+    tokenizer = tiny.tokenizer()
+    model, line = laddered(tokenizer), np.zeros((512, 512), bool)
+    line[:, 250:253] = True  # 3 of the 8 pixels that become one
+    picture = Image("xray-1", np.full((1, 512, 512), 90, np.uint8), None, "xray", "uint8", {})
+    (case,) = prepare(model, tokenizer, [Sample("s", images={picture.id: picture}, turns=(Turn("user", "Segment it."), Turn("assistant", SEG)),
+                                                masks=(Mask(picture.id, "right lung", line),), meta={"row": "r", "kind": "segment"})])  # fmt: skip
+    batch = draw([case], tokenizer, [np.random.default_rng(0)], turns=1, outlines=True)
+    assert int(case.masks[0].max()) < 128 and batch.targets["outline"]["label"].tolist() == [0] and batch.targets["present"].tolist() == [1.0]

@@ -102,6 +102,20 @@ def test_a_full_disk_has_a_name_and_the_last_state_stays(root, tmp_path, monkeyp
     assert (tmp_path / "run/model/model.safetensors").read_bytes() == (tmp_path / "whole/model/model.safetensors").read_bytes()
 
 
+def test_a_run_goes_on_with_its_own_seed_and_data_only(root, tmp_path):
+    shutil.copytree(root, tmp_path / "data")
+    recipe = replace(drawn.RECIPE, stages=(replace(drawn.RECIPE.stages[1], steps=1),))
+    train(recipe, tmp_path / "data", tmp_path / "run", device="cpu", precision="no", seed=3)
+    with pytest.raises(MedVLMError) as e:
+        train(recipe, tmp_path / "data", tmp_path / "run", device="cpu", precision="no", resume=True)
+    assert e.value.code == "BAD_ARGUMENT" and "--seed 3" in e.value.hint
+    manifest = tmp_path / "data/drawn/manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace("Film 1.", "Film one."))
+    with pytest.raises(MedVLMError) as e:
+        train(recipe, tmp_path / "data", tmp_path / "run", device="cpu", precision="no", seed=3, resume=True)
+    assert e.value.code == "DATA_DIFFER"
+
+
 @pytest.mark.parametrize("error", [SafetensorError("I/O error: No space left on device (os error 28)"), RuntimeError("PytorchStreamWriter failed writing file")])
 def test_what_the_libraries_say_of_a_full_disk_is_understood(tmp_path, monkeypatch, error):
     model = torch.nn.Linear(2, 2)
