@@ -260,3 +260,22 @@ def test_lists_become_tuples_and_wrong_arguments_are_named():
     with pytest.raises(ModelError, match="side") as refused:
         vlm.build_part("projectors", "mlp", {"dim": 8, "lm_dim": 12, "side": [1, 2]})
     assert refused.value.code == "BAD_RECIPE"
+
+
+def test_an_installed_distribution_brings_its_parts(tmp_path, monkeypatch):
+    """They are listed and built by name beside our own; a file that is only there is not."""
+    info = tmp_path / "others-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[medvlm.projectors]\nhalved = others_halved\n")
+    (tmp_path / "others_halved.py").write_text("from medvlm.projectors.linear import build as whole\n\n\ndef build(dim, lm_dim):\n    return whole(dim, lm_dim)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    parts._installed.cache_clear()
+    try:
+        assert parts.names("projectors")["halved"] == "from others" and "halved" not in parts.names("encoders")
+        assert parts.find("projectors", "halved").build(8, 4).count((2, 3)) == 6
+        with pytest.raises(ModelError) as error:
+            parts.find("projectors", "others_halved")
+        assert error.value.code == "NO_SUCH_PART"
+    finally:
+        parts._installed.cache_clear()
