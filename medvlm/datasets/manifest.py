@@ -157,7 +157,7 @@ def read_masks(row: dict[str, Any], image: Image | Volume | None, only: str | No
     """The masks of a row as bool arrays on the image's grid.
 
     binary, instance and volume_binary files give one mask each (instances are joined), named as in ``files``; label maps
-    one mask a label (one in all where the labels are not said), DICOM segmentations one a name of segments. Volumes may be stored along other axes than their image, never
+    one mask a label (one in all where the labels are not said), DICOM segmentations one a segment. Volumes may be stored along other axes than their image, never
     on another grid: nothing is resampled.
 
     Raises:
@@ -176,8 +176,7 @@ def read_masks(row: dict[str, Any], image: Image | Volume | None, only: str | No
         try:
             if spec["type"] == "dicom_seg":
                 segments = read_seg(path, image)
-                for label in dict.fromkeys(label for label, _ in segments):
-                    found.append(Mask(image.id, name if len(segments) == 1 else label, np.logical_or.reduce([a for own, a in segments if own == label])))
+                found += [Mask(image.id, name if len(segments) == 1 else label, array) for label, array in segments]
                 continue
             array = mask_array(path, image)
         except MedVLMError as error:
