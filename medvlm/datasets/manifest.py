@@ -190,10 +190,10 @@ def read_masks(row: dict[str, Any], image: Image | Volume | None, only: str | No
 
 
 def inside(row: dict[str, Any], what: str, name: str) -> Path:
-    """A path of a row, or BAD_MANIFEST when it leads out of the manifest's folder."""
+    """A path of a row, or BAD_MANIFEST when it leads outside the manifest's folder."""
     path = row["_folder"] / name
     if "\0" in name or not path.resolve().is_relative_to(row["_folder"].resolve()):
-        raise ModelError(f"{_at(row)}: the path of its {what} leads out of the manifest's folder", "BAD_MANIFEST")
+        raise ModelError(f"{_at(row)}: the path of its {what} leads outside the manifest's folder", "BAD_MANIFEST")
     return path
 
 
@@ -249,6 +249,8 @@ def parse(line: str, file: str, number: int) -> dict[str, Any]:
         refuse("not UTF-8")
     except json.JSONDecodeError as error:
         refuse(f"not JSON ({error.msg} at column {error.colno})")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
+        refuse(f"not JSON that can be read ({type(error).__name__})")
     if not isinstance(row, dict):
         refuse(f"expected an object, got {type(row).__name__}")
     for name in ("id", "modality"):
@@ -276,8 +278,10 @@ def parse(line: str, file: str, number: int) -> dict[str, Any]:
     for i, qa in enumerate(row.get("qa") or ()):
         if not isinstance(qa, dict) or not {"qid", "question", "answer"} <= qa.keys():
             refuse(f"qa[{i}] needs qid, question and answer, got {str(qa)[:80]}")
-        if not isinstance(qa["question"], str) or not isinstance(qa["answer"], str | int | float):
+        if not isinstance(qa["question"], str) or not isinstance(qa["answer"], str | int | float) or isinstance(qa["answer"], bool):
             refuse(f"qa[{i}]: question is a text, answer a text or a number, got {qa['question']!r:.40} and {qa['answer']!r:.40}")
+        if not isinstance(qa.get("pair"), str | None) or not isinstance(choices := qa.get("choices") or [], list) or not all(isinstance(c, str) for c in choices):
+            refuse(f"qa[{i}]: pair is a text, choices a list of texts, got {qa.get('pair')!r:.40} and {qa.get('choices')!r:.60}")
     for i, box in enumerate(row.get("boxes") or ()):
         corners = box.get("xyxy") if isinstance(box, dict) else None
         if not isinstance(corners, list) or len(corners) != 4 or not all(_finite(x) for x in corners) or not isinstance(box.get("label"), str):

@@ -53,11 +53,23 @@ def append_predictions(path: str | Path, predictions: Iterable[Prediction]) -> N
     try:
         with path.open("a", encoding="utf-8") as lines:
             for p in predictions:
-                lines.write(_line(path, p))
+                lines.write(_sound(path, p))
             lines.flush()
             os.fsync(lines.fileno())
     except OSError as e:
         raise FileError(f"cannot write {path.name}: {e.strerror or type(e).__name__}", "CANNOT_WRITE") from e
+
+
+def _sound(path: Path, p: Prediction) -> str:
+    """A line that :func:`rows` reads again: what a model gave and no file can hold is an error of that sample, not the end of the run."""
+    try:
+        line = _line(path, p)
+        line.encode()
+        _check(line, path.name, 0)
+        return line
+    except (ModelError, ValueError, TypeError) as error:  # a UnicodeEncodeError is a ValueError
+        said = error.message.partition(": ")[2] if isinstance(error, ModelError) else type(error).__name__
+        return _line(path, Prediction(p.id, error=f"BAD_PREDICTIONS: {said}"))
 
 
 def mend(path: str | Path) -> None:
@@ -73,9 +85,9 @@ def mend(path: str | Path) -> None:
 
 def _line(path: Path, p: Prediction) -> str:
     row = {
-        "id": p.id, "text": p.text, "probability": _number(p.probability),
-        "choices": None if p.choices is None else {k: _number(v) for k, v in p.choices.items()},
-        "regions": [{"image": r.image, "label": r.label, "probability": _number(r.probability), "lower": _corner(r, 0), "upper": _corner(r, 1),
+        "id": p.id, "text": p.text, "probability": _chance(p.probability),
+        "choices": None if p.choices is None else {k: _chance(v) for k, v in p.choices.items()},
+        "regions": [{"image": r.image, "label": r.label, "probability": None if r.probability is None else _chance(r.probability) or 0.0, "lower": _corner(r, 0), "upper": _corner(r, 1),
                      "mask": None if r.mask is None else _save_mask(path, r.mask)} for r in p.regions],
         "masks": [{"image": m.image, "label": m.label, "mask": _save_mask(path, m.array)} for m in p.masks],
         "seconds": _number(p.seconds), "error": p.error,
@@ -131,12 +143,19 @@ def prediction(row: Mapping[str, Any] | None, sample: Sample) -> Prediction:
     except MedVLMError as error:
         return Prediction(sample.id, error=f"{error.code}: {error.message}")
     vectors = {k: np.array([math.nan if x is None else x for x in v], np.float32) for k, v in (row.get("vectors") or {}).items()}
-    return Prediction(sample.id, row.get("text") or "", row.get("probability"), row.get("choices"), regions, masks, row.get("seconds") or 0.0,
+    choices = None if row.get("choices") is None else {k: math.nan if p is None else p for k, p in row["choices"].items()}
+    return Prediction(sample.id, row.get("text") or "", row.get("probability"), choices, regions, masks, row.get("seconds") or 0.0,
                       row.get("error"), vectors)  # fmt: skip
 
 
 def _number(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
+
+
+def _chance(value: float | None) -> float | None:
+    """A probability; what rounding has pushed out of [0, 1] is put back."""
+    number = _number(value)
+    return number if number is None or not -1e-6 < number < 1 + 1e-6 else min(max(number, 0.0), 1.0)
 
 
 def _corner(region: Region, which: int) -> list[float]:

@@ -104,13 +104,17 @@ _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.S | re.I)
 _DRESS = re.compile(r"<\|?/?\w{1,20}\|?>|[*`#\"“”«»「」『』]|(?<!\w)[_'‘’]+|[_'‘’]+(?!\w)")
 
 
+_LATEX = re.compile(r"\\(?:text|mathrm|mathbf|mathit|textbf|textit)\s*\{([^{}]*)\}")
+
+
 def said(text: str) -> str:
     """An answer without its reasoning (``<think>``), its wrapping (``<answer>``, ``\\boxed``), markdown and quotes.
 
     Reasoning that never ends leaves nothing: the answer was cut off before it came.
     """
     text = _CUT.sub("", _THOUGHT.sub("", unicodedata.normalize("NFKC", text).replace("’", "'")))
-    text = _DRESS.sub("", boxed(text) or (_TAGGED.findall(text) or [text])[-1])
+    inside = boxed(text)
+    text = _DRESS.sub("", inside and _LATEX.sub(r"\1", inside) or (_TAGGED.findall(text) or [text])[-1])
     return "\n".join(filter(None, (" ".join(line.split()) for line in text.splitlines())))
 
 
@@ -143,7 +147,7 @@ def _answered(text: str) -> str:
 
 _YES = r"(?P<yes>yes|yeah|yep|yup)\b"
 _NO = (
-    r"(?P<no>nope|nah|no(?=\s*$|\s*[,;:!?()\[\]}/\n]|\s*\.(?!\s*\d)|\s*[-–—](?!\w)|\s+[-–—]"
+    r"(?P<no>nope|nah|no(?=\s*$|\s*[,;:!?()\[\]}/\n。、]|\s*\.(?!\s*\d)|\s*[-–—](?!\w)|\s+[-–—]"
     r"|\s+(?:there|it|it's|this|that|these|those|they|he|she|we|i|the|its|or|and|but|because|since|not)\b))\b"
 )
 _WORD = re.compile(rf"\b(?:{_YES}|{_NO})", re.I)
@@ -241,8 +245,8 @@ def pick_choices(text: str, choices: Sequence[str]) -> frozenset[int] | None:
     whole, letters = _exactly(answer, plain), []
     if _LIST.fullmatch(answer) or re.fullmatch(r"[A-Z]{2,}\.?", answer) and len(set(answer)) == len(answer):
         letters = [ord(c.upper()) - 65 for c in re.sub(r"(?i)^(?:options?|choices?)\s+|\band\b", " ", answer) if c.isalpha()]
-    if whole is not None and len(letters) < 2:
-        return frozenset((whole,))
+    if whole is not None and not (len(letters) > 1 and {normalise(c) for c in answer if c.isalpha()} <= set(plain)):
+        return frozenset((whole,))  # "CT", unless "C" and "T" are choices too
     if letters:
         return frozenset(letters) if max(letters) < len(plain) else None
     items = [*_ITEM.finditer(answer)]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..sample import Prediction, Sample
+from .answers import normalise
 from .vqa import prior_answers
 
 SOURCES = {
@@ -20,7 +21,7 @@ SOURCES = {
 
 def yes(samples: Sequence[Sample], train: Sequence[Sample] = ()) -> list[Prediction]:
     """ "yes", or the first of other choices."""
-    return [_sure(s, s.choices[0] if s.choices else "yes") for s in samples]
+    return [_sure(s, next((c for c in s.choices if normalise(c) == "yes"), s.choices[0]) if s.choices else "yes") for s in samples]
 
 
 def random(samples: Sequence[Sample], train: Sequence[Sample] = (), seed: int = 0) -> list[Prediction]:

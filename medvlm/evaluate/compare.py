@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UsageError
-from .page import number
+from .page import cell, number
 from .run import plan, run_of, told
 from .statistics import Score, holm, mcnemar, paired_difference
 
@@ -64,8 +64,9 @@ def compare(a: str | Path, b: str | Path, where: str | Path | None = None, slice
         both = [told(job, job.predictions(folder / "predictions.jsonl")) for folder in (a, b)]
         sides = [{(s.name, s.slice): s for s in (*whole, *sure, *parts)} for whole, sure, parts in both]
         for key, left in sides[0].items():
-            if key in sides[1] and (slices or left.slice == "all") and left.items and sides[1][key].items:
-                found.append(_difference(left, sides[1][key]))
+            right = sides[1].get(key)
+            if right is not None and (slices or left.slice == "all") and left.items and right.items and set(left.items.ids) & set(right.items.ids):
+                found.append(_difference(left, right))
     whole = [i for i, d in enumerate(found) if d.slice == "all" and d.p is not None]
     for i, p in zip(whole, holm([found[i].p for i in whole])):
         found[i] = Difference(**{**asdict(found[i]), "p_holm": p})
@@ -95,5 +96,5 @@ def table(found: dict[str, Any]) -> str:
     for d in found["differences"]:
         p = ["" if d[k] is None else f"{d[k]:.3f}" for k in ("p", "p_holm", "mcnemar")]
         span = f"{number(d['low'], d['unit'])} to {number(d['high'], d['unit'])}" if d["low"] is not None else "–"
-        lines.append(f"| {d['task']} | {d['name']} | {d['slice']} | {number(d['a'], d['unit'])} | {number(d['b'], d['unit'])} | {number(d['difference'], d['unit'])} | {span} | {' | '.join(p)} | {d['verdict']} |")
+        lines.append(f"| {d['task']} | {d['name']} | {cell(d['slice'])} | {number(d['a'], d['unit'])} | {number(d['b'], d['unit'])} | {number(d['difference'], d['unit'])} | {span} | {' | '.join(p)} | {d['verdict']} |")
     return "\n".join(lines) + f"\n\nA: {found['a']['name']}, B: {found['b']['name']}; over the whole-set scores A wins {found['wins']}, ties {found['ties']}, loses {found['losses']}.\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from functools import partial
 from ..errors import UsageError
 from ..sample import Sample
 from .answers import YES_NO, boxed, normalise, pick_choice, pick_choices, slake_normalise, vqa_normalise, yes_no
+from .answers import said as stripped
 from .lexical import rouge_l, sentence_bleu
 
 Measure = Callable[[str, Sample], float]
@@ -71,6 +73,15 @@ def _f1(common: int, said: int, reference: int) -> tuple[float, float, float]:
 
 def _tokens(which: int, said: str, sample: Sample) -> float:
     return _overlap(normalise(said).split(), normalise(sample.answer).split())[which]
+
+
+def _bare(text: str) -> str:
+    """Without reasoning and wrapping, which are no part of an answer."""
+    return normalise(stripped(text))
+
+
+def _bare_tokens(which: int, said: str, sample: Sample) -> float:
+    return _tokens(which, _bare(said), sample)
 
 
 def _llava_open(which: str, said: str, sample: Sample) -> float:
@@ -182,9 +193,10 @@ _TOKEN_F1 = {"open token F1": partial(_tokens, 2), "open token recall": partial(
 RULES = {
     "medvlm": Rule(
         "yes/no by a strict parser (hedges, refusals and both at once are wrong), choices by letter or text, open by exact match, token F1 and"
-        " token recall after lower case, without punctuation and articles; overall = accuracies and open exact match",
+        " token recall after lower case, without reasoning, wrapping, punctuation and articles; overall = accuracies and open exact match",
         "yes_no", closed={"closed accuracy": _strict}, single={"single-choice accuracy": partial(_picked, pick_choice)},
-        multiple={"multiple-choice accuracy": partial(_picked, pick_choices)}, open={"open exact match": partial(_same, normalise), **_TOKEN_F1},
+        multiple={"multiple-choice accuracy": partial(_picked, pick_choices)},
+        open={"open exact match": partial(_same, _bare), "open token F1": partial(_bare_tokens, 2), "open token recall": partial(_bare_tokens, 1)},
     ),
     "exact": Rule(
         "exact match after lower case, without punctuation and articles",
@@ -285,4 +297,5 @@ def chance_of(samples: Sequence[Sample]) -> float | None:
 def value_of(measure: Measure, said: str, sample: Sample) -> float:
     if not known(sample):
         return float("nan")
-    return measure(said, sample) if said.strip() else 0.0
+    value = measure(said, sample)
+    return value if said.strip() or math.isnan(value) else 0.0

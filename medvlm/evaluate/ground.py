@@ -78,13 +78,13 @@ def truth_of(sample: Sample) -> Truth:
     return Truth(image, np.array(good).reshape(len(good), 2, rank), len(boxes) - len(good), np.logical_or.reduce(drawn) if drawn else None)
 
 
-def answered(prediction: Prediction, image: str) -> list[tuple[float, np.ndarray | None, Region]]:
-    """(probability, box (2, rank) or None where it lies on another image or has none, region), most probable first."""
+def answered(prediction: Prediction, image: str, rank: int) -> list[tuple[float, np.ndarray | None, Region]]:
+    """(probability, box (2, rank) or None where it lies on another image, has none or one of another rank, region), most probable first."""
     found = []
     for r in prediction.regions if prediction.error is None else ():
         box = r.box if r.box is not None else box_of(np.asarray(r.mask, bool)) if r.mask is not None else None
         sure = 1.0 if r.probability is None else float(r.probability)
-        found.append((sure if math.isfinite(sure) else 0.0, None if box is None or r.image != image else np.asarray(box, float), r))
+        found.append((sure if math.isfinite(sure) else 0.0, None if box is None or r.image != image or len(box[0]) != rank else np.asarray(box, float), r))
     return sorted(found, key=lambda x: -x[0])
 
 
@@ -146,7 +146,7 @@ def score(samples: Sequence[Sample], predictions: Sequence[Prediction], conventi
     """Best-box IoU, accuracy, pointing, mAP and mask Dice of what is there, and how often a region is given for what is not."""
     check_pairs(samples, predictions)
     truths = [truth_of(s) for s in samples]
-    given = [answered(p, t.image) for p, t in zip(predictions, truths)]
+    given = [answered(p, t.image, t.boxes.shape[-1]) for p, t in zip(predictions, truths)]
     about = f"{convention}: {CONVENTIONS[convention]}"
     top = [g[0][1] if g else None for g in given]
     iou = [float("nan") if not len(t.boxes) else 0.0 if b is None else float(box_iou(b[None], t.boxes).max()) for b, t in zip(top, truths)]

@@ -68,9 +68,14 @@ def _rows(results: Sequence[Result]) -> list[tuple[list[str], bool]]:
 def markdown(results: Sequence[Result]) -> str:
     """The scores as a Markdown table; fractions are per cent."""
     (head, _), *body = _rows(results)
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"] + [f"| {' | '.join(cells)} |" for cells, _ in body]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"] + [f"| {' | '.join(map(cell, cells))} |" for cells, _ in body]
     conventions = "\n".join(f"- {r.task}: convention `{r.convention}`: {_meaning(r)}" for r in results)
     return "\n".join(lines) + f"\n\nFractions in per cent. 95 % percentile intervals of a bootstrap over patients or images.\n\n{conventions}\n"
+
+
+def cell(text: str) -> str:
+    """Text of the data inside a Markdown table, on paper and on a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text).replace("|", "\\|").replace("<", "&lt;")
 
 
 def latex(results: Sequence[Result]) -> str:

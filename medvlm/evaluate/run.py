@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,10 @@ NO_IMAGE, VAL, SURE, AGAIN = (f"predictions-{what}.jsonl" for what in ("no-image
 """Beside predictions.jsonl: the same without the image, the answers of val, how sure the model says it is, more answers."""
 LOTS, LOTS_UP_TO = 20, 350
 """Lots drawn for the random baseline, and up to how many samples; fewer where there are more."""
+
+
+TWINS = ("of", "negation_of", "order_of", "paraphrase_of")
+"""What names the sample that another one is a copy or a twin of, in its ``meta``."""
 
 
 class Predictor(Protocol):
@@ -99,6 +104,9 @@ def plan(name: str, where: str | Path, split: str = "test", convention: str | No
         if prompts is not None:
             samples = [replace(s, meta={**s.meta, "prompts": prompts}) if s.verb == "classify" else s for s in samples]
         # one answer serves every task that asks the same; where a task asks something else of it, its name tells them apart
+        if len({s.id for s in samples}) < len(samples):
+            twice = next(i for i, n in Counter(s.id for s in samples).items() if n > 1)
+            raise ModelError(f"two samples have the id {twice!r}", "BAD_DATASET", "give every question, mask and row an id of its own")
         ids = [s.id if taken.setdefault(s.id, f"{s.verb} {bool(s.masks)}") == f"{s.verb} {bool(s.masks)}" else f"{s.id}#{task}" for s in samples]
         jobs.append(Job(task, known[task], _convention(known[task], task, convention, len(wanted) == 1), samples, ids))
     if not jobs:
@@ -108,12 +116,16 @@ def plan(name: str, where: str | Path, split: str = "test", convention: str | No
 
 
 def _by_lot(samples: list[Sample], limit: int) -> list[Sample]:
-    """About ``limit`` samples: what is scored together (a pair; a sample and its altered copies) is drawn together."""
+    """About ``limit`` samples: what is scored together (all pairs of an image; a sample and its altered copies or twins) is drawn
+    together, and what something is fitted on (``meta["fit"]``) stays."""
     groups: dict[str, list[int]] = {}
-    of = {s.id: s.group or s.id for s in samples}
+    own = {s.id: f"{s.meta.get('dataset', '')}/{s.meta.get('row', s.group)}" if s.group else str(s.meta.get("linked_id") or s.id) for s in samples}
+    kept = [i for i, s in enumerate(samples) if s.meta.get("fit")]
+    limit += len(kept)
     for i, s in enumerate(samples):
-        groups.setdefault(of.get(s.meta.get("of"), of[s.id]), []).append(i)
-    kept: list[int] = []
+        if not s.meta.get("fit"):
+            first = next((own[x] for k in TWINS if (x := s.meta.get(k)) in own), own[s.id])
+            groups.setdefault(first, []).append(i)
     for k in np.random.default_rng(SEED).permutation(len(groups)):
         if len(kept) >= limit:
             break
@@ -164,6 +176,8 @@ def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, sp
             temperature is to be asked again, and where calibration would be fitted on what is scored.
     """
     out = Path(out)
+    if again < 0:
+        raise UsageError(f"nothing can be asked {again} times more", "BAD_ARGUMENT", "give 1 or more, or leave it out")
     if again and not hasattr(model, "temperature"):
         raise UsageError(f"{model.name} has no temperature, so asking it again tells nothing", "BAD_ARGUMENT", "leave --again out")
     data, jobs = planned or plan(name, where, split, convention, limit, prompts)
@@ -178,6 +192,8 @@ def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, sp
     _begin(out, about)
     if hasattr(model, "learn"):
         model.learn([s for job in jobs for s in answers_of_train(job, data, split)])
+    if retry_errors:
+        _forget_sure(out)
     left_out = _predict(jobs, model, out / "predictions.jsonl", retry_errors, quiet)
     if words is not None:
         _predict([j for j in jobs if j.task.blind], words, out / NO_IMAGE, retry_errors, quiet, "no image")
@@ -186,12 +202,12 @@ def evaluate(name: str, model: Predictor, where: str | Path, out: str | Path, sp
     if ask_sure:
         _predict([_sure(j, j.predictions(out / "predictions.jsonl")) for j in jobs if j.task.blind], model, out / SURE, retry_errors, quiet, "how sure")
     if again:
+        _note(out, again=again)
         before, model.temperature = model.temperature, 1.0
         try:
             _predict([_again(j, again) for j in jobs if j.task.blind], model, out / AGAIN, retry_errors, quiet, "again")
         finally:
             model.temperature = before
-        _note(out, again=again)
     if left_out:
         _note(out, left_out_predictions=left_out)
     return score(out, judge=judge, planned=(data, jobs), clinical=clinical)
@@ -220,6 +236,14 @@ def _note(out: Path, **more: Any) -> None:
 def _write(file: Path, text: str) -> None:
     with writing(file) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def _forget_sure(out: Path) -> None:
+    """Drop what was said of answers that failed, and are asked for again."""
+    file = out / SURE
+    if file.is_file() and (out / "predictions.jsonl").is_file():
+        failed = {f"{i}@sure" for i, row in rows(out / "predictions.jsonl").items() if row.get("error")}
+        _write(file, "".join(f"{line}\n" for line in file.read_text(encoding="utf-8").splitlines() if line.strip() and json.loads(line)["id"] not in failed))
 
 
 def _predict(jobs: Sequence[Job], model: Predictor, file: Path, retry_errors: bool, quiet: bool, what: str = "predict") -> int:
@@ -454,5 +478,6 @@ def restricted(score: Score, ids: set[str], name: str) -> Score | None:
         part = mean_score(score.name, whole.values[kept], groups, names)
     else:
         part = statistic_score(score.name, lambda i: whole.statistic(kept[i]), groups, names)
-    fixed = score.chance if score.chance in (0.5, 0.25) else None  # the others are means over all items
+    rate = "AUPRC" in score.name or "Brier" in score.name  # by lot they get what the classes' shares give
+    fixed = score.chance if score.chance in (0.5, 0.25) and not rate else None  # the others are means over all items
     return replace(part, chance=fixed, unit=score.unit, convention=score.convention, task=score.task, better=score.better, slice=name)

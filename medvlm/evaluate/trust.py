@@ -17,7 +17,7 @@ import numpy as np
 
 from ..errors import ModelError
 from ..sample import Prediction, Sample, Turn
-from .answers import normalise
+from .answers import normalise, said
 from .base import mean_of, statistic_of
 from .statistics import Score, auroc, fit_platt
 
@@ -61,7 +61,7 @@ def meanings(sampled: Sequence[str], same: Callable[[str, str], bool] = equivale
     first: list[str] = []
     found = []
     for text in sampled:
-        at = next((k for k, other in enumerate(first) if same(text, other)), len(first))
+        at = next((k for k, other in enumerate(first) if text.strip() and same(text, other)), len(first))  # nothing said means nothing twice
         if at == len(first):
             first.append(text)
         found.append(at)
@@ -101,7 +101,7 @@ def said_sure(text: str) -> float:
     >>> said_sure("85"), said_sure("I am 90 % sure"), said_sure("70 out of 100"), said_sure("0.4")
     (0.85, 0.9, 0.7, 0.4)
     """
-    numbers = re.findall(r"(?<![\w.])(-?\d+(?:\.\d+)?)(\s*%)?(?![\d.]*\d)", re.sub(r"(?:/|\bout of)\s*100\b|\bper ?cent\b", " %", text.lower()))
+    numbers = re.findall(r"(?<![\w.])(-?\d+(?:\.\d+)?)(\s*%)?(?![\d.]*\d)", re.sub(r"(?:/|\bout of)\s*100\b|\bper ?cent\b", " %", said(text).lower()))
     chosen = {n for n, percent in numbers if percent} or {n for n, _ in numbers}
     if len(chosen) != 1:
         return math.nan
@@ -314,7 +314,7 @@ def scores(samples: Sequence[Sample], predictions: Sequence[Prediction], right: 
     found.append(mean_of("log loss", samples, log_loss(c, r), better="lower", chance=entropy, unit="nats",
                          convention=f"mean negative log likelihood of being right or wrong; {guess}"))  # fmt: skip
     for calibrator in calibrators:
-        fair, name = calibrator.apply(c), calibrator.kind
+        fair, name = np.where([p.error is not None for p in predictions], 0.0, calibrator.apply(c)), calibrator.kind
         about = {"better": "lower", "convention": f"after {name}, fitted on {calibrator.n} other answers"}
         found.append(statistic_of(f"ECE after {name}", known, lambda i, fair=fair[given]: ece(fair[i], rk[i]), **about, excluded=missing))
         found.append(mean_of(f"Brier after {name}", samples, brier(fair, r), **about))

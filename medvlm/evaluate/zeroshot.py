@@ -188,7 +188,8 @@ def score_classes(samples: Sequence[Sample], predictions: Sequence[Prediction]) 
         if k < count and not p.choices:
             row[:] = np.arange(count) == k
     found += ranked(samples, onehot, given, names)
-    error = np.where(said == count, 2.0, np.nansum((given - onehot) ** 2, 1))
+    whole = np.where(np.isnan(given) & np.isfinite(onehot), 0.0, given)  # a class that was offered and got no probability has none
+    error = np.where(said == count, 2.0, np.nansum((whole - onehot) ** 2, 1))
     how = "sum over classes of (probability - truth)^2, from 0 to 2; a failure is 2"
     found.append(mean_of("Brier over classes", samples, error, better="lower", convention=how))
     return found + trust.scores(samples, predictions, right)

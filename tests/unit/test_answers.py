@@ -113,7 +113,7 @@ def test_normal_forms():
     assert vqa_normalise("It isnt, couldntve") == "it isn't couldntve" and vqa_normalise("couldn'tve") == "couldn't've"
     assert slake_normalise("X-ray (chest)") == slake_normalise("xray") == "xray" and slake_normalise("CT（胸部）。") == "ct"
     assert slake_normalise("是的") == slake_normalise("Yes!") == "yes" and slake_normalise("不包含") == "no" and slake_normalise("(a [b") == "a b"
-    assert said("<think>x</think> **Left** lung</s>") == "Left lung" and said("\\boxed{\\text{B}}") == "\\text{B}"
+    assert said("<think>x</think> **Left** lung</s>") == "Left lung" and said("\\boxed{\\text{B}}") == "B"
 
 
 def test_long_answers_take_linear_time():
@@ -122,3 +122,13 @@ def test_long_answers_take_linear_time():
         for read in (yes_no, normalise, vqa_normalise, slake_normalise, lambda t: pick_choice(t, CHOICES), lambda t: pick_choices(t, CHOICES)):
             read(text)
     assert time.process_time() - began < 20  # a quadratic step would take many minutes
+
+
+@pytest.mark.parametrize(("text", "answer"), [("No。", "no"), ("No、没有积液", "no"), ("Yes。", "yes"), ("\\boxed{\\text{Yes}}", "yes"), ("\\boxed{\\mathbf{no}}", "no")])
+def test_a_no_is_read_as_readily_as_a_yes(text, answer):
+    assert yes_no(text) == answer
+
+
+@pytest.mark.parametrize(("choices", "text", "chosen"), [(("CT", "MRI", "US"), "CT", {0}), (("CAD", "CHF", "PE", "AS"), "CAD", {0}), (("one", "two", "three"), "AC", {0, 2}), (("A", "B", "AB"), "AB", {0, 1})])
+def test_a_choice_in_capitals_is_no_list_of_letters(choices, text, chosen):
+    assert pick_choices(text, choices) == frozenset(chosen)

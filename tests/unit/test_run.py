@@ -7,13 +7,13 @@ import pytest
 from PIL import Image as Picture
 
 from medvlm import cli
-from medvlm.datasets.predictions import rows, save_predictions
+from medvlm.datasets.predictions import append_predictions, read_predictions, rows, save_predictions
 from medvlm.errors import MedVLMError
 from medvlm.evaluate import run
 from medvlm.evaluate.compare import compare
 from medvlm.evaluate.run import evaluate, plan, restricted, score
 from medvlm.predictors.file import load as saved
-from medvlm.sample import Prediction
+from medvlm.sample import Prediction, Region, Sample
 
 BRIGHT = 8
 """Images of the set below; every second one is bright, and the question is about that."""
@@ -444,3 +444,37 @@ def test_rows_without_a_split_are_scored_only_where_no_row_names_one(bright, tmp
     asked = Looks()
     evaluate("vqa", asked, bright, tmp_path / "none", quiet=True)
     assert {i[:4] for i in asked.asked} == {"test", "trai"}
+
+
+def test_by_lot_whole_images_and_twins_are_drawn_and_what_is_fitted_on_stays():
+    def named(name, group=None, **meta):
+        return Sample(name, group=group, meta=meta)
+
+    pairs = [named(f"{i}-{k}{side}", f"{i}-{k}", dataset="d", row=f"r{i}") for i in range(50) for k in range(4) for side in "ab"]
+    drawn = run._by_lot(pairs, 80)
+    assert len(drawn) == 80 and len({s.meta["row"] for s in drawn}) == 10
+    twins = [s for i in range(50) for s in (named(f"q{i}"), named(f"q{i}-not", negation_of=f"q{i}"))]
+    drawn = {s.id for s in run._by_lot(twins, 10)}
+    assert len(drawn) == 10 and all(f"{i.removesuffix('-not')}-not" in drawn for i in drawn)
+    fitted = [named(f"t{i}") for i in range(10)] + [named(f"v{i}", fit=True) for i in range(90)]
+    drawn = run._by_lot(fitted, 5)
+    assert len(drawn) == 95 and sum(not s.meta.get("fit") for s in drawn) == 5
+
+
+def test_what_no_file_can_hold_is_an_error_of_its_sample(tmp_path):
+    odd = [Prediction("a", "x", 1.0000001), Prediction("b", "x", 1.5), Prediction("c", "\ud800"), Prediction("d", "fine", 0.5, {"yes": float("nan")}),
+           Prediction("e", regions=(Region("i", "spot", ((float("nan"), 0.0), (1.0, 1.0)), None, 0.5),)), Prediction("f", regions=(Region("i", "spot", ((0.0, 0.0), (1.0, 1.0)), None, float("nan")),))]  # fmt: skip
+    append_predictions(tmp_path / "p.jsonl", odd)
+    found = rows(tmp_path / "p.jsonl")
+    assert found["a"]["probability"] == 1.0 and found["a"]["error"] is None and found["f"]["regions"][0]["probability"] == 0.0
+    assert all(found[i]["error"].startswith("BAD_PREDICTIONS") for i in "bce") and found["d"]["error"] is None
+    assert np.isnan(read_predictions(tmp_path / "p.jsonl", [Sample("d")])[0].choices["yes"])
+
+
+def test_questions_of_one_id_are_refused_before_anything_is_asked(bright, tmp_path):
+    manifest = bright / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"test1a"', '"test0a"'))
+    asked = Looks()
+    with pytest.raises(MedVLMError) as wrong:
+        evaluate("vqa", asked, bright, tmp_path / "run", quiet=True)
+    assert wrong.value.code == "BAD_DATASET" and "test0a" in wrong.value.message and not asked.asked

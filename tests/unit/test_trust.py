@@ -204,11 +204,12 @@ def test_scores_of_a_whole_set():
     val = trust.Calibrator.fit("isotonic", *mixed(500, 3))
     found = by_name(trust.scores(asked(120), answers(c, errors), r, calibrators=[val]))
     c[list(errors)] = 0  # a failure is wrong with confidence 0
+    fair = np.where(np.isin(np.arange(120), errors), 0.0, val.apply(c))  # before and after any calibration
     known = np.isfinite(c)
     assert found["confidence given"].value == pytest.approx(115 / 120) and found["confidence given"].n == 120
     for name, value in (("ECE", trust.ece(c, r)), ("Brier", trust.brier(c[known], r[known]).mean()), ("log loss", trust.log_loss(c[known], r[known]).mean()),
-                        ("adaptive ECE", trust.ece(c, r, adaptive=True)), ("ECE after isotonic", trust.ece(val.apply(c), r)),
-                        ("Brier after isotonic", trust.brier(val.apply(c[known]), r[known]).mean())):  # fmt: skip
+                        ("adaptive ECE", trust.ece(c, r, adaptive=True)), ("ECE after isotonic", trust.ece(fair, r)),
+                        ("Brier after isotonic", trust.brier(fair[known], r[known]).mean())):  # fmt: skip
         assert found[name].value == pytest.approx(value) and (found[name].n, found[name].excluded) == (115, 5), name
     last = np.where(known, c, -1)
     for name, value in (("AUROC of confidence", auroc(last, r)), ("AURC", trust.aurc(last, r)), ("AUGRC", trust.augrc(last, r)),
@@ -298,3 +299,8 @@ def test_the_robustness_index_knows_disease_from_hospital():
     assert good.value > 0.95 and bad.value < 0.05 and abs(blind.value - blind.chance) < 0.08
     order = rng.permutation(200)
     assert gaps.robustness_index(by_class[order], y[order], site[order], range(200)).value == pytest.approx(good.value)
+
+
+def test_nothing_said_again_and_again_is_no_agreement():
+    assert trust.semantic_confidence(["", "", ""]) == pytest.approx(0.0) and trust.semantic_confidence(["yes", "yes", "yes"]) == pytest.approx(1.0)
+    assert trust.said_sure("<think>between 0 and 100</think>85") == 0.85
