@@ -271,9 +271,9 @@ def graphs(model: MedVLM) -> Iterator[Graph]:
         if not isinstance(head, MaskHead):
             continue
         embed = Run(partial(_embed, encoder, head), encoder, head)
-        parts = ("embedding", "fine")[: 1 if head.refiner is None else 2]
-        yield Graph(f"{name}_embedding", embed, (pixels,), ("pixels",), parts, {"pixels": {0: "images"}})
         seen, drawn = embed(pixels[:1]), ("logits", "quality", "present")
+        parts = ("embedding", "fine")[: len(seen)]
+        yield Graph(f"{name}_embedding", embed, (pixels,), ("pixels",), parts, {"pixels": {0: "images"}})
         points = torch.rand(3, 2, len(encoder.spec.size)) * torch.tensor(encoder.spec.size)
         free = {0: "prompts", 1: "clicks"}
         yield Graph(f"{name}_points", Run(partial(_draw, head, ("points", "labels")), head), (*seen, points, torch.tensor([[1, 0], [1, 1], [1, -1]])),

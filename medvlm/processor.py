@@ -91,6 +91,8 @@ def _image(source, modality: str | None) -> Image | Volume:
         return source
     if not isinstance(source, Study):
         if hasattr(source, "convert"):  # PIL
-            source = np.asarray(source if source.mode in ("L", "RGB") else source.convert("RGB"))
+            source = np.asarray(source if source.mode in ("L", "RGB", "I;16", "I", "F") else source.convert("RGB"))
+        if isinstance(source, np.ndarray) and source.ndim == 3 and source.shape[-1] in (1, 3) and source.shape[0] not in (1, 3):
+            source = source.transpose(2, 0, 1)
         source = read(source, modality=modality)
     return source.image(None)

@@ -79,6 +79,8 @@ def analyze_many(sources: Sequence[str | Path], model: Model, out: str | Path, p
                     yield str(source), {"study": study.id, "error": next(iter(study.warnings), "EMPTY_FOLDER: it holds no image")}
                 else:
                     yield str(source), _tried(study, model, folder, asked)
+                for image in study.images:
+                    image.release()
         except MedVLMError as error:
             yield str(source), {"study": None, "error": f"{error.code}: {error.message}"}
 
@@ -186,9 +188,11 @@ def _save_masks(folder: Path, image, report: Report) -> dict[str, str]:
     for region in (r for f in report.looked_for for r in f.regions):
         if region.mask is None or region.label in paths:
             continue
-        name = re.sub(r"[^a-z0-9]+", "-", region.label.lower()).strip("-")
+        name = re.sub(r"[\W_]+", "-", region.label.lower()).strip("-") or "target"
         ending = ".png" if isinstance(image, Image) else ".nii.gz"
         path = folder / "masks" / f"{image.id}_{name}{ending}"
+        if path.exists():  # two labels that differ in their marks alone
+            path = path.with_name(f"{image.id}_{name}-{len(paths) + 1}{ending}")
         path.parent.mkdir(exist_ok=True)
         if ending == ".png":
             export.save_mask_png(region.mask, path)

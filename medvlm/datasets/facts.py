@@ -313,9 +313,9 @@ def side_of(mask: np.ndarray, right: np.ndarray, left: np.ndarray, share: float 
 
 
 def _in_lungs(case: Case, array: np.ndarray, name: str) -> dict[str, float] | None:
-    """{side: share of what lies in the lungs}; None of a structure, without both lungs, or outside them."""
+    """{side: share of what lies in the lungs}; None of a structure or a device, without both lungs, or outside them."""
     right, left = (_union(case, s) for s in LUNGS)
-    if structure(name) or right is None or left is None:
+    if structure(name) or _DEVICE.search(name) or right is None or left is None:
         return None
     counts = [int((array & lung).sum()) for lung in (right, left)]
     return {s: n / sum(counts) for s, n in zip(LUNGS, counts)} if sum(counts) else None

@@ -174,7 +174,10 @@ class Desk:
         copy = image.with_pixels(image.pixels)
         copy.modality = kind
         images = tuple(copy if i is image else i for i in study.images)
-        self.studies[self.key] = (self.studies[self.key][0], Study(study.id, study.patient, images, study.report, study._warnings))
+        told = Study(study.id, study.patient, images, study.report, study._warnings)
+        if hasattr(study, "scratch"):
+            told.scratch = study.scratch  # or the files of its other images would go
+        self.studies[self.key] = (self.studies[self.key][0], told)
         self.cases = {k: c for k, c in self.cases.items() if k[0] != self.key}
         self.open(self.key, copy.id)
         self.case.untold = True
@@ -479,16 +482,20 @@ def take(files: Sequence[str]) -> list[Study]:
     Raises:
         MedVLMError: nothing could be read.
     """
-    scratch, stems, paths = Scratch(), {}, []
+    scratch, stems, paths, moved = Scratch(), {}, [], set()
     for file in map(Path, files):
+        if file in moved:  # files of the same content share a place
+            continue
+        moved.add(file)
         ending = re.search(r"(\.[A-Za-z][A-Za-z0-9]{0,7})?(\.gz)?$", file.name).group(0)
         number = stems.setdefault(file.name[: len(file.name) - len(ending)], len(stems) + 1)
         path = scratch.path / f"{number:06d}{ending.lower()}"
         if path.exists():  # the same name from two folders
             path = scratch.path / f"{number:06d}-{len(paths)}{ending.lower()}"
         shutil.move(file, path)
-        shutil.rmtree(file.parent, ignore_errors=True)
         paths.append(str(path))
+    for file in moved:
+        shutil.rmtree(file.parent, ignore_errors=True)
     found = several(paths[0] if len(paths) == 1 else paths)
     for study in found:
         study.scratch = scratch  # pixels are read later; the files go when the study does

@@ -142,7 +142,8 @@ def chosen(wanted: Asked, chances: Mapping[str, float], choices: Sequence[str]) 
 
 
 def measured(wanted: Asked, case: Case, present: float, size: str | None = None) -> tuple[str, float, dict[str, float] | None] | None:
-    """(text, probability, choices) by what was outlined or boxed in the case; None where nothing tells the place that is asked after.
+    """(text, probability, choices) by what was outlined or boxed in the case; None where nothing tells the place that is asked after, or
+    nothing was drawn of what is there.
 
     Args:
         case: with what the model has drawn, an absent target empty or left out. present: chance that the target is there.
@@ -161,6 +162,8 @@ def measured(wanted: Asked, case: Case, present: float, size: str | None = None)
     if wanted.group == "count":
         count = case.counts.get(wanted.name, 0)
         return str(count), present if count else 1 - present, None
+    if not there and present >= 0.5:
+        return None  # it is there, and could not be outlined
     if not there:
         return f"there {'are' if many(wanted.name) else 'is'} no {wanted.name}", 1 - present, None
     text = _where(wanted, case) if wanted.group == "where" else size
@@ -175,7 +178,8 @@ def _share(wanted: Asked, case: Case) -> float | None:
             if wanted.place == said.format(option).lower():
                 return share
     side = _SIDED.match(wanted.place)
-    return next((held[side[1].lower()] for _, kind, held in ways if kind in ("lung", "side")), None) if side else None
+    kinds = ("lung",) if wanted.place.endswith("lung") else ("lung", "side")
+    return next((held[side[1].lower()] for _, kind, held in ways if kind in kinds), None) if side else None
 
 
 def _where(wanted: Asked, case: Case) -> str | None:

@@ -23,6 +23,7 @@ from ..imaging.scan import Image, Study, Volume, turned
 from ..language import IMAGE, ROLES, SEG, Batch, Encoded, collate, encode, ends
 from ..preprocess import UPRIGHT, Frame, Tiles, blend, inputs, tiles, to_tensor
 from ..sample import (
+    MARKED,
     Answer,
     Finding,
     Mask,
@@ -159,7 +160,7 @@ class NativeModel(Model):
         for sample in samples:
             check_question(sample.question)
             asked.append(sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns)
-        choices = [s.choices or choices_of(s.question) for s in samples]
+        choices = [s.choices or choices_of(MARKED.sub(" ", s.question)) for s in samples]
         answers = self._answered(images, asked, choices)
         regions = [
             self._named(images, turns, text) if SEG in text
@@ -174,7 +175,7 @@ class NativeModel(Model):
         found: dict[int, tuple] = {}
         only = next(iter(images.values())) if len(images) == 1 else None
         for i, turns in enumerate(asked):
-            if only is not None and len(turns) == 1 and (wanted := self._wanted(only, turns[0].text)) is not None:
+            if only is not None and len(turns) == 1 and (wanted := self._wanted(only, MARKED.sub(" ", turns[0].text))) is not None:
                 if (answer := self._known(only, wanted, choices[i])) is not None:
                     found[i] = answer
         rest = [i for i in range(len(asked)) if i not in found]
@@ -289,10 +290,11 @@ class NativeModel(Model):
                 continue
             score = torch.tensor([next(scores) for _ in kinds])
             chances = dict(zip(kinds, score.softmax(0).tolist()))
-            if tuple(kinds) == ("yes", "no"):
+            if sorted(k.lower() for k in kinds) == ["no", "yes"]:
                 scale, shift = self.vlm.config.about.get("calibration", {}).get("yes_no", (1.0, 0.0))
-                yes = float(torch.sigmoid((score[0] - score[1]) * scale + shift))
-                chances = {"yes": yes, "no": 1 - yes}
+                no, yes = sorted(range(2), key=lambda k: kinds[k].lower())
+                chance = float(torch.sigmoid((score[yes] - score[no]) * scale + shift))
+                chances = {kinds[k]: chance if k == yes else 1 - chance for k in range(2)}
             text = self._pick(chances)
             answers.append((text, chances[text], chances))
         return answers
@@ -305,7 +307,8 @@ class NativeModel(Model):
             return self._prompted(picture, self._target(target) if target else "target", points, boxes)
         if target is None:
             raise ModelError("nothing to segment was named", "BAD_ARGUMENT", "give a target, points or boxes")
-        wanted = JOINED.get(_words(target)) or (self._target(target),)
+        joined = JOINED.get(_words(target), ())
+        wanted = joined if joined and set(joined) <= set(self.targets) else (self._target(target),)
         parts = self._outline(picture, wanted)
         if len(parts) == 1:
             return parts[0]
@@ -347,6 +350,8 @@ class NativeModel(Model):
         if self._by_name(picture):
             sigmoid = self._contrast(picture).logit_bias is not None
             return by_prompts(labels, picture.modality, prompts, sigmoid, lambda templates: self._near(picture, labels, templates))
+        if self.vlm.head("classify", self.vlm.route(picture.modality)[0]) is None:
+            raise ModelError(f"{self.name} has no head that classifies", "UNSUPPORTED_VERB", "use another model for this verb")
         chances = self._chances(picture)
         known = {name.lower(): name for name in chances}
         wanted = {label: known.get(ALIASES.get(_words(label), _words(label)).lower()) for label in labels}
@@ -509,6 +514,8 @@ class NativeModel(Model):
     def _images(self, study, image: str | None) -> dict[str, Image | Volume]:
         """What a question is about: one image, or one of each study of a list (views, or a prior and the present one)."""
         several = isinstance(study, Sequence) and not isinstance(study, str)
+        if several and not study:
+            raise ModelError("no image was given", "BAD_ARGUMENT", "give a study, or a list of some")
         pictures = [pick(one, image, self.reads) for one in (study if several else [study])]
         self._may_read(pictures)
         clash = len({p.id for p in pictures}) < len(pictures)
@@ -527,7 +534,7 @@ class NativeModel(Model):
         names = [t for t in self.targets if re.search(rf"\b{re.escape(t.lower())}\b", words)]
         names += [t for alias, t in ALIASES.items() if t in self.targets and re.search(rf"\b{re.escape(alias)}\b", words)]
         if not names and re.search(r"\blungs?\b", words):
-            names = ["right lung", "left lung"]
+            names = [t for t in ("right lung", "left lung") if t in self.targets]
         names = tuple(dict.fromkeys(names))
         return tuple(replace(s.region, image=key) for key, picture in images.items() if names for s in self._outline(picture, names) if s.mask.any())
 
@@ -802,6 +809,8 @@ class NativeModel(Model):
     @torch.no_grad()
     def _prompted(self, picture: Image, label: str, points, boxes) -> Segmentation:
         name, _, embedding, frame = self._look(picture)
+        if embedding is None:
+            raise ModelError(f"{self.name} has no head that outlines", "UNSUPPORTED_VERB", "use another model for this verb")
         device = self.vlm.device
         prompt: dict = {}
         if points is not None:

@@ -33,18 +33,20 @@ def report(picture: Image | Volume, modality: str, chances: Mapping[str, float],
     if told:
         name = facts.MODALITY_NAMES.get(modality, "an image")
         said.append(Sentence(_whole(name, {g: n for g, (n, _) in told.items()}), (), "findings", tuple(range(len(found)))))
-    missing = []
+    missing, unsure = [], []
     for s in drawn:
-        found.append(Finding(s.label, bool(s.mask.any()), s.present, (s.region,) if s.mask.any() else (), tuple(sizes(s))))
+        found.append(Finding(s.label, s.present >= 0.5 or bool(s.mask.any()), s.present, (s.region,) if s.mask.any() else (), tuple(sizes(s))))
         if s.mask.any():
             size = "".join(f" ({amount(m)})" for m in found[-1].measurements[:1])
             said.append(Sentence(f"The {s.label} {'are' if sentences.many(s.label) else 'is'} seen{size}.", (s.region,), "findings", (len(found) - 1,)))
         else:
-            missing.append(len(found) - 1)
+            (unsure if s.present >= 0.5 else missing).append(len(found) - 1)
     for kind in dict.fromkeys(r.label for r in objects if r.probability >= COUNTED):
         boxes = tuple(r for r in objects if r.label == kind and r.probability >= COUNTED)
         found.append(Finding(kind, True, boxes[0].probability, boxes, (Measurement("count", len(boxes), "1"),)))
         said.append(Sentence(f"{len(boxes)} {kind} {'are' if len(boxes) > 1 else 'is'} seen.", boxes, "findings", (len(found) - 1,)))
+    if unsure:
+        said.append(Sentence(f"The {listed([found[k].label for k in unsure], 'and')} may be there but could not be outlined.", (), "findings", tuple(unsure)))
     if missing:
         said.append(Sentence(f"No {listed([found[k].label for k in missing], 'or')} {'are' if sentences.many(found[missing[-1]].label) else 'is'} seen.", (), "findings", tuple(missing)))
     return Report(tuple(said), tuple(found))
@@ -57,8 +59,9 @@ def sizes(one: Segmentation) -> list[Measurement]:
         return []
     if spacing is None:
         return [Measurement("share of the picture", 100 * cells / one.mask.size, "%")]
-    size = cells * float(np.prod(spacing))
-    return [Measurement("volume", size / 1000, "mL")] if isinstance(one.image, Volume) else [Measurement("area", size, "mm2")]
+    volume = isinstance(one.image, Volume)  # of a tilted stack the cells are no boxes
+    size = cells * (abs(float(np.linalg.det(one.image.affine[:3, :3]))) if volume else float(np.prod(spacing)))
+    return [Measurement("volume", size / 1000, "mL")] if volume else [Measurement("area", size, "mm2")]
 
 
 def amount(size: Measurement) -> str:

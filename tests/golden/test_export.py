@@ -215,21 +215,21 @@ def test_what_an_open_clip_folder_cannot_express_is_named(tokenizer, tmp_path):
     assert "end texts" in said(contrastive())
 
 
-def outlines(seed=0) -> MedVLM:
-    """An encoder with a mask head and a refiner, and no language model."""
+def outlines(seed=0, fine=None) -> MedVLM:
+    """An encoder with a mask head and a refiner, or what else reads its fine levels, and no language model."""
     torch.manual_seed(seed)
     return shaken(MedVLM(MedVLMConfig(parts={
         "encoders": {"picture": {"file": "image", "args": {"model": "test_byobnet", "size": [64, 32]}}},
         "heads": {"mask": {"file": "mask", "args": {"level_dims": [24, 32, 64, 128, 256], "level_strides": [2, 4, 8, 16, 32], "lm_dim": 8, "size": [64, 32],
-                                                    "dim": 16, "heads": 2, "depth": 1, "refine": 4}}},
+                                                    "dim": 16, "heads": 2, "depth": 1, **(fine or {"refine": 4})}}},
     }, about={"name": "outlines", "routes": {"*": "picture"}})))  # fmt: skip
 
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["torch", "onnx"])
-def test_encoders_and_mask_heads_run_without_this_package(tmp_path, form):
-    model = outlines()
+@pytest.mark.parametrize(("form", "fine"), [("torch", None), ("onnx", None), ("torch", {"ladder": 4, "labels": ["lung"]})])
+def test_encoders_and_mask_heads_run_without_this_package(tmp_path, form, fine):
+    model = outlines(fine=fine)
     gaps = export.FORMS[form](model, tmp_path)
     print(f"largest differences in {form}: {gaps}")
     ending = {"torch": ".pt2", "onnx": ".onnx"}[form]

@@ -111,7 +111,7 @@ def test_where_it_lies_and_how_large_it_is():
     where = lambda case: measured(Asked("where", "consolidation"), case, 0.8)[0]  # noqa: E731
     assert where(film(consolidation=(slice(5, 10), slice(6, 15)))) == "in both lungs"
     assert where(film(consolidation=(slice(5, 10), slice(12, 15)))) == "in the left lung"
-    assert where(film(consolidation=None)) == "there is no consolidation"
+    assert measured(Asked("where", "consolidation"), film(consolidation=None), 0.2) == ("there is no consolidation", 0.8, None)
     heart = measured(Asked("where", "heart"), film(heart=(slice(4, 9), slice(6, 14))), 0.9)[0]  # evenly in two quarters
     assert heart == "in more than one quarter of the image, by the patient's own sides"
     assert measured(Asked("size", "consolidation"), film(consolidation=(slice(0, 5), slice(0, 5))), 0.8, "12.5 mm2") == ("12.5 mm2", 0.8, None)
@@ -124,3 +124,20 @@ def test_objects_are_counted():
     case = case_of([Sample("s", images={"x": image}, regions=cells)])
     assert measured(Asked("count", "WBC"), case, 0.9) == ("2", 0.9, None) and measured(Asked("count", "RBC"), case, 0.1) == ("0", 0.9, None)
     assert measured(Asked("place", "WBC", "in the upper left quarter of the picture"), case, 0.9)[0] == "yes"
+
+
+def test_what_is_there_and_was_not_drawn_is_not_denied():
+    picture = Image("x", np.zeros((1, 8, 8), np.uint8), None, "xray", "uint8", {})
+    case = case_of([Sample("s", images={"x": picture}, masks=(Mask("x", "liver", np.zeros((8, 8), bool)),))])
+    assert measured(Asked("where", "liver"), case, 0.9) is None and measured(Asked("size", "liver"), case, 0.9) is None
+    assert measured(Asked("where", "liver"), case, 0.1) == ("there is no liver", 0.9, None)
+
+
+def test_a_device_lies_in_no_lung_and_a_side_is_no_lung():
+    picture = Image("x", np.zeros((1, 40, 40), np.uint8), None, "xray", "uint8", {"view": "PA"})
+    right, left, tube = (np.zeros((40, 40), bool) for _ in range(3))
+    right[5:35, 2:15], left[5:35, 25:38], tube[0:30, 14:16] = True, True, True
+    case = case_of([Sample("s", images={"x": picture}, masks=(Mask("x", name, array),)) for name, array in (("right lung", right), ("left lung", left), ("endotracheal tube", tube))])
+    assert measured(Asked("place", "endotracheal tube", "in the right lung"), case, 0.95) is None
+    assert "lung" not in measured(Asked("where", "endotracheal tube"), case, 0.95)[0]
+    assert measured(Asked("place", "right lung", "in the left lung"), case, 0.95) is None

@@ -146,6 +146,38 @@ def test_calibrated_answers_follow_their_calibration(tiny_folder):
     assert np.log(after / (1 - after)) == pytest.approx(2 * np.log(before / (1 - before)) + 0.5, abs=1e-3)
 
 
+def test_the_order_and_the_case_of_yes_and_no_change_nothing(tiny_folder):
+    reader = load(tiny_folder, "cpu")
+    reader.vlm.config.about = {**reader.vlm.config.about, "calibration": {"yes_no": [2.0, 0.5]}}
+    one, other = reader.choose(tiny.picture(), "Is it?", ("yes", "no")), reader.choose(tiny.picture(), "Is it?", ("no", "yes"))
+    assert one == {k: pytest.approx(v, abs=1e-6) for k, v in other.items()}
+    assert set(reader.choose(tiny.picture(), "Is it?", ("No", "Yes"))) == {"Yes", "No"}
+
+
+def test_a_marked_question_is_the_plain_one(reader):
+    picture = tiny.picture()
+    plain, marked = (Sample(str(k), images={picture.id: picture}, turns=(Turn("user", q),)) for k, q in enumerate(("Is there a spot?", f"<|image:{picture.id}|>Is there a spot?")))
+    a, b = reader.predict([plain, marked])
+    assert a.choices and b.choices and a.choices["yes"] == pytest.approx(b.choices["yes"], abs=1e-4)
+
+
+def test_without_an_image_nothing_is_answered(reader):
+    with pytest.raises(MedVLMError) as error:
+        reader.ask([], "Is there consolidation?")
+    assert error.value.code == "BAD_ARGUMENT"
+
+
+def test_what_a_model_has_no_head_for_is_a_named_error(reader, monkeypatch):
+    monkeypatch.setattr(reader, "targets", ("liver",))
+    with pytest.raises(MedVLMError) as error:
+        reader.segment(tiny.picture(), "lungs")
+    assert error.value.code == "UNKNOWN_TARGET" and reader._mentioned({"xray-1": tiny.picture()}, "Describe the lungs.") == ()
+    monkeypatch.setattr(reader.vlm, "head", lambda kind, name: None)
+    with pytest.raises(MedVLMError) as error:
+        reader.classify(tiny.picture(), ["pneumonia"])
+    assert error.value.code == "UNSUPPORTED_VERB"
+
+
 def test_a_question_of_a_book_is_refused_before_any_work(reader, monkeypatch):
     monkeypatch.setattr(NativeModel, "_look", lambda *_: pytest.fail("it looked"))
     began = time.perf_counter()

@@ -1,6 +1,7 @@
 """The main job with a model whose answers are known: what is written, where, and what is never written."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pydicom
@@ -283,3 +284,16 @@ def test_the_command_reads_one_and_many(worklist, tmp_path, monkeypatch, capsys)
         assert main(["analyze", str(single), str(worklist / "1.png"), *choice, "--out", str(tmp_path / "e")]) == 2
     assert main(["analyze", str(single), "--modality", "xray", "--image", "none", "--out", str(tmp_path / "f")]) == 2
     assert "NO_SUCH_IMAGE" in capsys.readouterr().err
+
+
+def test_labels_in_any_script_have_files_of_their_own(tmp_path):
+    class Russian(Known):
+        def report(self, study, image=None):
+            found = super().report(study, image)
+            names = {"right lung": "Правое лёгкое", "left lung": "Левое лёгкое"}
+            told = tuple(replace(f, regions=tuple(replace(r, label=names.get(r.label, r.label)) for r in f.regions)) for f in found.looked_for)
+            return replace(found, looked_for=told)
+
+    record = reading.analyze(Study("s", None, (Image("xray-1", np.zeros((1, 60, 80), np.uint8), None, "xray", "uint8", {"warnings": []}),)), Russian(), tmp_path / "out")
+    files = {r["label"]: r["mask"] for f in record["findings"] for r in f["regions"]}
+    assert len(set(files.values())) == len(files) >= 2 and all((tmp_path / "out" / f).is_file() for f in files.values())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from medvlm.demo import viewer
+from medvlm.imaging.export import outlined
 from medvlm.imaging.scan import GROWTH, Image, Volume
 from medvlm.sample import Region
 
@@ -84,3 +85,23 @@ def test_text_cannot_become_page():
     shown = viewer.stage(viewer.Scene(image), 0, viewer.FILE_WINDOW, False, (), 1, False)
     assert "<script" not in shown and "&lt;script&gt;" in shown
     assert viewer.alarm("<b>{{x}}") == '<div class="mv-error" role="alert">&lt;b&gt;&#123;&#123;x&#125;&#125;</div>' and viewer.alarm("") == ""
+
+
+@pytest.mark.parametrize("stored", ["SPL", "LAS", "SAR", "PIL", "IPR"])
+def test_a_preview_is_turned_as_a_radiologist_reads_it_and_lettered(stored):
+    """A mark on the patient's right and front: left and, of an axial slice, above; however the volume is stored."""
+    voxels, mark = np.zeros((1, 12, 40, 60), np.int16), np.zeros((12, 40, 60), bool)
+    mark[6, 4:10, 6:14] = True
+    voxels[0][mark] = 1000
+    whole = Volume("ct-1", voxels, np.array([[0, 0, 1.0, 0], [0, 1.0, 0, 0], [1.0, 0, 0, 0], [0, 0, 0, 1]]), "ct", "HU", {"warnings": []})
+    assert whole.orientation == "SPL"
+    scan = whole.reorient(stored)
+    own = whole.with_voxels(mark[None].astype(np.uint8)).reorient(stored).voxels[0] > 0
+    canvas, colours = outlined(scan, [Region("ct-1", "spot", None, own, None)], longest=300)
+    blue = (np.abs(canvas.astype(int) - [int(colours["spot"][k : k + 2], 16) for k in (1, 3, 5)]).sum(-1) < 12)
+    rows, columns = (np.argwhere(blue).mean(0) / canvas.shape[:2])
+    if stored[0] in "SI":
+        assert rows < 0.5 and columns < 0.5
+    plain, _ = outlined(Image("x", voxels[:, 6], None, "ct", "HU", {"warnings": []}), [], longest=300)
+    middle = canvas[canvas.shape[0] // 2 - 8 : canvas.shape[0] // 2 + 8]
+    assert middle[:, :20].max() > 200 and middle[:, -20:].max() > 200 and plain[92:108, :20].max() < 100
