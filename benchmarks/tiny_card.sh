@@ -10,7 +10,7 @@ beside() { run "$1-$4" "$2" "$3" "$5"; medvlm compare "$out/$1" "$out/$1-$4" > "
 score lungs segment xray_covid
 score vessels segment fundus_chase
 score nuclei segment path_dsb_nuclei
-score organs segment dicom_series
+if [ "$split" = test ]; then score organs segment dicom_series; fi
 score cells ground path_bccd
 score questions vqa vqa_rad --no-image
 score films vqa xray_covid --no-image
