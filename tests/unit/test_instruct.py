@@ -536,8 +536,8 @@ FROZEN = {
     ("path_bccd", "val"): (1171, "e79bda26be158cff"),
     ("path_dsb_nuclei", "train"): (858, "d853afebb06e531b"),
     ("path_dsb_nuclei", "val"): (260, "dc9c095faf5d2453"),
-    ("vol_deeplesion", "train"): (504, "73503339f13206b2"),
-    ("vol_totalseg", "train"): (1330, "41032dc06625d010"),
+    ("vol_deeplesion", "train"): (770, "de987d9d14efabd0"),
+    ("vol_totalseg", "train"): (2030, "9504b912899a1da6"),
     ("vol_totalseg", "val"): (915, "bb42c2534a13a204"),
     ("report_iu", "train"): (33445, "3336554be2279e3e"),
     ("report_iu", "val"): (4615, "ae861c31e2bd316e"),
@@ -553,7 +553,7 @@ def test_the_bundled_model_learns_what_it_learnt_and_nothing_of_another_split(da
     assert (len(found), hashlib.sha256("\n".join(found).encode()).hexdigest()[:16]) == FROZEN[name, split]
     rows = {s: list(manifest.rows(data / name.partition("/")[0], s)) for s in ("train", "val", "test")}
     others = [r for s, there in rows.items() if s != split for r in there]
-    whole = {re.split("[@~]", s.meta["row"])[0] for s in samples}  # "@": a slice of a volume or a window of a picture, "~": its mirror image
+    whole = {re.split("[@~]", s.meta["row"])[0] for s in samples}  # "@": a slice of a volume or a window of a picture, "~": its mirror image, "!": exported
     assert whole <= {r["id"] for r in rows[split]} - {r["id"] for r in others}
     assert {s.meta["split"] for s in samples} == {split} and not {s.patient for s in samples} & {r.get("patient") for r in others} - {None}
 
