@@ -146,7 +146,7 @@ def open_images(row: dict[str, Any]) -> tuple[Image | Volume, ...]:
     try:
         images = read(path, modality=modality).images
     except MedVLMError as error:
-        said = error.message.replace(str(path), "the file")  # names of files may be names of patients
+        said = error.message.replace(str(path), "of that name")  # which may be the name of a patient
         raise ModelError(f"{_at(row)}, image: {said}", error.code, error.hint) from error
     for image in images:
         image.origin = path
