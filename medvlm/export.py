@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -242,7 +242,7 @@ def _clip_text(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
 
 @dataclass
 class Graph:
-    """One thing to run. example, inputs: tensors and their names. free: {input: {axis: name}} of sizes that may change."""
+    """One thing to run. example, inputs: tensors and their names. free: {input: {axis: name}} of sizes that may change; most: {name: greatest size}."""
 
     name: str
     module: nn.Module
@@ -250,6 +250,7 @@ class Graph:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     free: dict[str, dict[int, str]]
+    most: dict[str, int] = field(default_factory=dict)
 
 
 def graphs(model: MedVLM) -> Iterator[Graph]:
@@ -262,7 +263,7 @@ def graphs(model: MedVLM) -> Iterator[Graph]:
         if encoder.spec is None:
             free = {0: "texts", 1: "length"}
             yield Graph(name, Run(partial(_read, encoder), encoder), (torch.ones(2, 8).long(), torch.ones(2, 8).long()), ("ids", "attention"),
-                        ("tokens", "pooled"), {"ids": free, "attention": free})  # fmt: skip
+                        ("tokens", "pooled"), {"ids": free, "attention": free}, {"length": encoder.limit} if encoder.limit else {})  # fmt: skip
             continue
         pixels = torch.rand(2, encoder.spec.channels, *encoder.spec.size)
         levels = tuple(f"level_{i}" for i in range(len(encoder.level_dims)))
@@ -355,7 +356,7 @@ def _written(model: MedVLM, folder: Path, ending: str, write: Callable[[Graph, P
 
 
 def _shapes(graph: Graph) -> tuple[tuple[dict[int, Dim], ...]]:
-    dims = {name: Dim(name) for axes in graph.free.values() for name in axes.values()}
+    dims = {name: Dim(name, max=graph.most.get(name)) for axes in graph.free.values() for name in axes.values()}
     return (tuple({axis: dims[name] for axis, name in graph.free.get(given, {}).items()} for given in graph.inputs),)
 
 

@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ class Stream:
     """The cases of shards, read in order by each reader, never held.
 
     groups: (epoch, part, skip) -> iterator over the samples of one image after the other. count: images of the split.
-    length: (epoch, part) -> how many of them that reader sees. bad: as of :class:`Cases`; what a worker process meets stays there.
+    length: (epoch, part) -> how many of them that reader sees. bad: as of :class:`Cases`.
     """
 
     def __init__(self, name: str, groups: Callable[[int, tuple[int, int], int], Iterator[list[Sample]]], count: int,
@@ -139,6 +140,14 @@ def plan(weights: dict[str, float], batch: int, seed: Sequence[int]) -> Iterator
         yield picks
 
 
+class Sent(NamedTuple):
+    """What a worker process gives: the batches of a step, the rows it left out on the way, and the error that ended it."""
+
+    parts: list[Batch] | None
+    bad: list[dict]
+    error: MedVLMError | None = None
+
+
 class Batches(IterableDataset):
     """For each step, the batches of this process, one a chunk; worker w of W makes those of every W-th step.
 
@@ -150,15 +159,20 @@ class Batches(IterableDataset):
     def __init__(self, stage, seed: tuple[int, int], sources: dict[str, Cases | Stream], tokenizer, start: int, rank: int = 0, world: int = 1):
         self.stage, self.seed, self.sources, self.tokenizer = stage, seed, sources, tokenizer
         self.start, self.rank, self.world = start, rank, world
+        self.bad = next(iter(sources.values())).bad  # one list for all
 
-    def __iter__(self) -> Iterator[list[Batch] | MedVLMError]:
-        """In a worker process an error is an item like others: raised there, its code and hint would be lost."""
-        try:
+    def __iter__(self) -> Iterator[list[Batch] | Sent]:
+        """In a worker process an error is sent like other items: raised there, its code and hint would be lost."""
+        if get_worker_info() is None:
             yield from self._made()
+            return
+        known = len(self.bad or ())
+        try:
+            for parts in self._made():
+                yield Sent(parts, (self.bad or [])[known:])
+                known = len(self.bad or ())
         except MedVLMError as error:
-            if get_worker_info() is None:
-                raise
-            yield error
+            yield Sent(None, (self.bad or [])[known:], error)
 
     def _made(self) -> Iterator[list[Batch]]:
         info = get_worker_info()
@@ -190,6 +204,14 @@ class Batches(IterableDataset):
                     drawn.append((cases[int(lot.integers(len(cases)))], lot))
             yield [self._batch(part) for part in _parts(drawn, self.stage.chunk)]
 
+    def received(self, sent: Sent) -> list[Batch]:
+        """What a worker made; what it left out is noted here, and its error raised."""
+        if self.bad is not None:
+            self.bad += sent.bad
+        if sent.error is not None:
+            raise sent.error
+        return sent.parts
+
     def _batch(self, drawn: list[tuple[Case, np.random.Generator]]) -> Batch:
         stage = self.stage
         return draw([c for c, _ in drawn], self.tokenizer, [lot for _, lot in drawn], stage.turns, stage.kinds, stage.augment, stage.pack,
@@ -206,13 +228,7 @@ def loader(batches: Batches, workers: int) -> Iterator[list[Batch]]:
     """The batches in the order of their steps, made by worker processes, or in this one when workers is 0."""
     if not workers:
         return iter(batches)
-    return map(_raised, DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_same, prefetch_factor=2))
-
-
-def _raised(item: list[Batch] | MedVLMError) -> list[Batch]:
-    if isinstance(item, MedVLMError):
-        raise item
-    return item
+    return map(batches.received, DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_same, prefetch_factor=2))
 
 
 def _same(item):

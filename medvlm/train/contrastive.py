@@ -1,6 +1,6 @@
 """Contrastive losses of pairs of unit vectors, over the pairs of all processes, without holding the matrix of their logits.
 
-The pictures of this process meet all texts ``tile`` pictures at a time. A tile's logits are computed again in the backward
+The pictures of this process meet all texts ``tile`` pictures at a time. Logits are computed again in the backward
 pass, and the log-sum-exp of a text over all pictures is put together from those of the tiles and of the processes: memory is
 O(tile x texts), loss and gradients are those of the whole matrix. Source of the tiles: Inf-CL, Cheng et al. 2024,
 arXiv:2410.17243.
@@ -11,7 +11,7 @@ the processes of losses and of gradients, which DDP takes, are those of one proc
 
 All take image, text: (n, D) unit vectors, row i of one belonging to row i of the other, computed with in single precision or
 better also under autocast; scale: what cosines are multiplied by, as ``ContrastHead.scale()`` gives; tile: pictures at a time,
-None for all at once and nothing computed twice. All give a scalar and raise ModelError BAD_ARGUMENT for shapes that do not fit.
+None for all at once. All give a scalar and raise ModelError BAD_ARGUMENT for shapes that do not fit.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import ModelError
 
+DEEP = 60.0
+"""Logits so far below the greatest are still held by single precision as exponentials (e^-87 is its least), and what is 16 below them."""
 _ALONE = ContextVar("alone", default=False)
 
 
@@ -47,13 +50,9 @@ def siglip_loss(image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor
     """
     with torch.autocast(image.device.type, enabled=False):
         image, text = _pairs(image, text, tile)
-        texts = gathered(text)
-
-        def part(pictures: Tensor, own: Tensor) -> Tensor:
-            pictures = scale * pictures
-            return F.softplus(pictures @ texts.T + bias).sum(1) - ((pictures * own).sum(1) + bias)  # softplus(-z) = softplus(z) - z
-
-        return torch.cat(_tiles(part, tile, image, text)).mean()
+        texts, image, bias = gathered(text), scale * image, torch.as_tensor(bias).to(image)
+        sums = torch.cat([_Softplus.apply(pictures, texts, bias) for pictures in image.split(tile or len(image))])
+        return (sums - ((image * text).sum(1) + bias)).mean()  # softplus(-z) = softplus(z) - z
 
 
 def soft_loss(image: Tensor, text: Tensor, scale: Tensor | float, labels: Tensor, tile: int | None = None, temperature: float | None = None) -> Tensor:
@@ -100,18 +99,65 @@ def soft_loss(image: Tensor, text: Tensor, scale: Tensor | float, labels: Tensor
 
 def _softmax_loss(image: Tensor, text: Tensor, scale: Tensor | float, tile: int | None, share: Callable | None = None, about: tuple[Tensor, ...] = ()) -> Tensor:
     """share(*tile of about) -> (t, N), what each pair of a picture and a text weighs; None: 1 for a picture's own, 0 for others."""
-    texts = gathered(text)
-
-    def part(pictures: Tensor, own: Tensor, *about: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pictures = scale * pictures
-        logits = pictures @ texts.T
-        right = (pictures * own).sum(1) if share is None else (share(*about) * logits).sum(1)
-        return logits.logsumexp(1), logits.logsumexp(0), right
-
-    over_texts, over_pictures, right = zip(*_tiles(part, tile, image, text, *about))
+    texts, image = gathered(text), scale * image
+    over_texts, over_pictures = zip(*(_LogSums.apply(pictures, texts) for pictures in image.split(tile or len(image))))
     over_pictures = gathered(torch.stack(over_pictures).logsumexp(0)[None]).logsumexp(0)
     own = over_pictures[_rank() * len(text) :][: len(text)]
-    return ((torch.cat(over_texts) + own) / 2 - torch.cat(right)).mean()
+    if share is None:
+        right = (image * text).sum(1)
+    else:
+        right = torch.cat(_tiles(lambda pictures, *some: (pictures * (share(*some) @ texts)).sum(1), tile, image, *about))
+    return ((torch.cat(over_texts) + own) / 2 - right).mean()
+
+
+class _LogSums(torch.autograd.Function):
+    """Pictures (t, D) and texts (N, D) -> log-sum-exp of the logits of each picture (t,) and of each text over these pictures (N,).
+
+    One exponential serves both directions wherever no row or column lies so far below the greatest logit that it would
+    vanish. The logits are computed again for the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, pictures: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        logits = pictures @ texts.T
+        rows, columns = logits.amax(1), logits.amax(0)
+        most = rows.max()
+        if most - torch.minimum(rows.min(), columns.min()) < DEEP:
+            grown = logits.sub_(most).exp_()
+            rows, columns = grown.sum(1).log_().add_(most), grown.sum(0).log_().add_(most)
+        else:
+            rows, columns = logits.logsumexp(1), logits.logsumexp(0)
+        ctx.save_for_backward(pictures, texts, rows, columns)
+        return rows, columns
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_row: Tensor, by_column: Tensor) -> tuple[Tensor, Tensor]:
+        pictures, texts, rows, columns = ctx.saved_tensors
+        with torch.autocast(pictures.device.type, enabled=False):
+            logits, most = pictures @ texts.T, torch.maximum(rows.max(), columns.max())
+            if most - torch.minimum(rows.min(), columns.min()) < DEEP:
+                weights = logits.sub_(most).exp_().mul_(torch.add((by_row * (most - rows).exp())[:, None], by_column * (most - columns).exp()))
+            else:
+                weights = (logits - rows[:, None]).exp_().mul_(by_row[:, None]).add_((logits - columns).exp_().mul_(by_column))
+            return weights @ texts, weights.T @ pictures
+
+
+class _Softplus(torch.autograd.Function):
+    """Pictures (t, D), texts (N, D) and a bias -> (t,) sums of softplus(logit + bias) over the texts; the logits are computed again for the gradient."""
+
+    @staticmethod
+    def forward(ctx, pictures: Tensor, texts: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(pictures, texts, bias)
+        return F.softplus((pictures @ texts.T).add_(bias)).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, by_row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pictures, texts, bias = ctx.saved_tensors
+        with torch.autocast(pictures.device.type, enabled=False):
+            weights = (pictures @ texts.T).add_(bias).sigmoid_().mul_(by_row[:, None])
+            return weights @ texts, weights.T @ pictures, weights.sum().reshape(bias.shape)
 
 
 def _directions(labels: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from ..datasets import checks, mirror
 from ..datasets.base import Data, open_data
 from ..errors import MedVLMError, ModelError
 from ..sample import Sample
+from . import distributed
 from .batches import EAGER, Cases, Room, Stream, room
 from .data import Case, prepare
 
@@ -93,12 +94,16 @@ class Corpus:
         return [s for n in self.names for g in self.held[n]["val"] for s in self.recipe.samples(g, n, "val")]
 
     def left_out(self, out: Path) -> None:
-        """Count and list what was bad, and count what has no mirror image."""
-        if self.no_twin:
-            tqdm.write(f"conversations without a mirror image, since it would not be true: {self.no_twin}", file=sys.stderr)
-        if self.bad:
-            (out / "skipped.jsonl").write_text("".join(json.dumps(b) + "\n" for b in self.bad))
-            tqdm.write(f"left out as bad: {len(self.bad)}, listed in {out / 'skipped.jsonl'}", file=sys.stderr)
+        """List what was bad in any process, and count it where there is more than at the last call; all processes call this together.
+
+        Shards and large sets are read as the steps go, so what is bad in them is known only then.
+        """
+        file = out / "skipped.jsonl"
+        lines = file.read_text().splitlines() if file.is_file() else []  # of before a stop
+        found = list(dict.fromkeys([*lines, *map(json.dumps, distributed.gathered(self.bad or []))]))
+        if distributed.rank() == 0 and len(found) > len(lines):
+            file.write_text("".join(f"{line}\n" for line in found))
+            tqdm.write(f"left out as bad: {len(found)}, listed in {file}", file=sys.stderr)
 
     def _source(self, name: str, model, tokenizer, seed: int, shared: Room) -> Cases | Stream:
         data, make = self.sets[name], self._make(name, "train", model, tokenizer)

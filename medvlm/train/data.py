@@ -22,6 +22,9 @@ from .augment import Augmentation, laid
 CAPTIONS = ("caption", "report", "facts")
 """Kinds of conversation whose answer is a text about the whole image: what a contrastive objective pairs it with."""
 
+LONGEST = 2048
+"""Tokens of a conversation where the language model names no limit."""
+
 STILL = frozenset(("box", "locate"))
 """Kinds that say where something is: the picture of such a conversation is not moved."""
 
@@ -110,7 +113,7 @@ def _case(model: MedVLM, tokenizer, row: str, members: Sequence[Sample]) -> Case
         if turn.kind in CAPTIONS and sample.answer:
             case.captions.append(model.encoders["text"].ids(tokenizer, sample.answer) if "text" in model.encoders else caption(tokenizer, sample.answer))
         if model.lm is not None:
-            turn.encoded = _encoded(tokenizer, sample, counts, max(2048, getattr(model.lm.config, "max_position_embeddings", 0)))
+            turn.encoded = _encoded(tokenizer, sample, counts, getattr(model.lm.config, "max_position_embeddings", None) or LONGEST)
             if len(turn.targets) != marks:
                 raise ModelError(f"sample {sample.id} asks for {marks} masks and has {len(turn.targets)}", "BAD_DATASET", "one mask or region for each <|seg|>")
             case.turns.append(turn)

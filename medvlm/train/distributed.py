@@ -38,6 +38,15 @@ def mean(values: dict[str, float]) -> dict[str, float]:
     return {k: sum(v.get(k, 0.0) for v in every) / len(every) for k in dict.fromkeys(k for v in every for k in v)}
 
 
+def gathered(rows: list) -> list:
+    """The rows of all processes, one process after the other."""
+    if world() == 1:
+        return rows
+    every: list[list] = [[]] * world()
+    dist.all_gather_object(every, rows)
+    return [row for held in every for row in held]
+
+
 def wait() -> None:
     if world() > 1:
         dist.barrier()

@@ -119,7 +119,9 @@ def _train(recipe, data, out, resume, seed, device, precision, save_minutes, wor
     if chief:
         facts = {n: {"images": len(sources[n]), "val": len(val[n]), "sha256": corpus.sets[n].fingerprint} for n in corpus.names}
         record.write(out, recipe, facts, {"seed": seed, "precision": precision, "processes": distributed.world(), "workers": workers, "sharded": shard})
-        corpus.left_out(out)
+        if corpus.no_twin:
+            tqdm.write(f"conversations without a mirror image, since it would not be true: {corpus.no_twin}", file=sys.stderr)
+    corpus.left_out(out)
 
     last = checkpoint.newest(out / "checkpoints") if resume else None
     state = checkpoint.read_state(last) if last else {"stage": 0, "step": 0}
@@ -138,10 +140,12 @@ def _train(recipe, data, out, resume, seed, device, precision, save_minutes, wor
                 stop, due = distributed.total(stopped.now, time.monotonic() - saved >= 60 * save_minutes)  # one decision for all
                 if stop or due:
                     run.save({"stage": number, "step": step + 1})
+                    corpus.left_out(out)
                     saved = time.monotonic()
                 if stop:
                     raise KeyboardInterrupt
             run.end()
+            corpus.left_out(out)
             last = None
     if shard:
         held = distributed.whole(model)
@@ -353,6 +357,7 @@ class _Stage:
         counts = [{(name, k): float(c) for name, f in self.found.items() for k, c in (f.count(self.model, part) if hasattr(f, "count") else {}).items()} for part in parts]
         whole = dict(zip(counts[0], distributed.total(*(sum(c[k] for c in counts) for k in counts[0]))))
         share = [{k: c[k] * distributed.world() / max(whole[k], 1.0) for k in c} for c in counts]
+        self.refuse_misspelt({k for _, k in whole})
         logged: dict[str, float] = defaultdict(float)
         order = {id(part): i for i, part in enumerate(parts)}
 
@@ -390,6 +395,13 @@ class _Stage:
                     self.accelerator.backward(sum(losses.values()))
             note(losses)
         return dict(logged)
+
+    def refuse_misspelt(self, counted: set[str]) -> None:
+        """Weights of losses that no objective of the stage has; which ones one without ``count`` has is not known."""
+        if all(hasattr(f, "count") or hasattr(f, "vectors") for f in self.found.values()):
+            losses = counted | {n for n, f in self.found.items() if hasattr(f, "vectors")}
+            if unknown := [k for k in self.stage.weights if k not in losses]:
+                raise ModelError(f"stage {self.stage.name}: weights hold {unknown[0]!r}, but its losses are {', '.join(sorted(losses))}", "BAD_RECIPE")
 
     def apart(self):
         """Where a part's gradients are not yet added up over the processes."""

@@ -126,8 +126,7 @@ def test_test_and_other_sets_are_looked_at_for_leaks_too(spoiled, tmp_path):
 
 def test_what_a_worker_meets_keeps_its_name(root):
     class Broken:
-        def __init__(self, like):
-            self.like = like
+        bad = None
 
         def __len__(self):
             return 1
@@ -138,11 +137,26 @@ def test_what_a_worker_meets_keeps_its_name(root):
 
             return at
 
-    batches = Batches(replace(drawn.RECIPE.stages[0], steps=2), (0, 0), {"drawn": Broken(None)}, tiny.tokenizer(), 0)
+    batches = Batches(replace(drawn.RECIPE.stages[0], steps=2), (0, 0), {"drawn": Broken()}, tiny.tokenizer(), 0)
     for workers in (0, 1):
         with pytest.raises(MedVLMError) as e:
             list(loader(batches, workers))
         assert (e.value.code, e.value.hint) == ("BAD_DATASET", "mend it")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_is_bad_in_shards_is_listed_once_whoever_meets_it(spoiled, tmp_path, workers):
+    def endless(found, folder):
+        found[2]["qa"][0]["question"] = "where " * 3000
+
+    shards.write(spoiled(endless) / "drawn", tmp_path / "shards/drawn", entries=3, quiet=True)
+    recipe = replace(drawn.RECIPE, stages=(replace(drawn.RECIPE.stages[0], steps=12, batch=3),))
+    with pytest.raises(MedVLMError) as e:
+        run(tmp_path / "shards", tmp_path / "run", recipe, workers=workers)
+    assert e.value.code == "QUESTION_TOO_LONG"
+    run(tmp_path / "shards", tmp_path / "skip", recipe, workers=workers, skip_bad=True)
+    (left,) = [json.loads(x) for x in (tmp_path / "skip/skipped.jsonl").read_text().splitlines()]
+    assert left["code"] == "QUESTION_TOO_LONG" and left["dataset"] == "drawn" and left["row"]
 
 
 def test_shards_with_less_than_a_row_a_reader_are_refused():

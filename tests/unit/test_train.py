@@ -224,6 +224,12 @@ def test_a_wrong_setting_names_the_nearest(setting, says):
     assert e.value.code == "BAD_RECIPE" and says in e.value.message
 
 
+def test_a_misspelt_loss_ends_the_run_at_its_first_step(root, tmp_path):
+    with pytest.raises(MedVLMError) as e:
+        train(override(drawn.RECIPE, ["stages.see.weights.presnt=0"]), root, tmp_path / "run", device="cpu")
+    assert e.value.code == "BAD_RECIPE" and "'presnt'" in e.value.message and "present" in e.value.message
+
+
 def test_settings_change_their_field_alone():
     made = override(RECIPE, ["stages.see.lr=1", "stages.see.train=lm.*", 'stages.speak.train=["lm.*","heads.*"]', "args.width=64", "stages.speak.steps=9"])
     assert made.stages[0] == replace(RECIPE.stages[0], lr=1.0, train=("lm.*",)) and made.stages[1].train == ("lm.*", "heads.*")
