@@ -153,24 +153,30 @@ def segment_arguments(parser: Parser) -> None:
     add_study(parser)
     add_model(parser)
     parser.add_argument("target", nargs="+", metavar="TARGET", help='what to outline, e.g. "left lung"')
-    parser.add_argument("--out", required=True, metavar="PATH", help="a .nii.gz or .png file for one target, a folder for several")
+    parser.add_argument("--out", required=True, metavar="PATH", help="a .nii.gz or .png file for one target, a .dcm file (DICOM SEG) or a folder for several")
 
 
 def segment(args: argparse.Namespace) -> int:
     """outlines of named targets on the image's own grid; an absent target gives an empty mask"""
     from pathlib import Path
 
+    from .imaging.seg import save_seg
+
     study = read_study(args)
     model = _model(args)
     out = Path(args.out)
     single = len(args.target) == 1 and out.suffix
     found = [model.segment(study, target, image=args.image) for target in args.target]
+    together = out.suffix == ".dcm"
     for result in found:
         ending = ".png" if result.mask.ndim == 2 else ".nii.gz"
-        path = out if single else out / (result.label.replace(" ", "-") + ending)
+        path = out if single or together else out / (result.label.replace(" ", "-") + ending)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            result.save(path)
+            if not together:
+                result.save(path)
+            elif result is found[0]:
+                save_seg(result.image, {r.label: r.mask for r in found}, path, (model.name, model.version))
         except OSError as error:
             raise UsageError(f"{path} cannot be written ({error.strerror})", "CANNOT_WRITE") from error
         if args.json:

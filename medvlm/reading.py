@@ -1,4 +1,4 @@
-"""The main job: studies in; report.json, report.md, masks and preview.png out, whole or not at all."""
+"""The main job: studies in; report.json, report.md, masks, preview.png and, of DICOM, seg.dcm and sr.dcm out, whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .datasets import sentences
 from .datasets.checks import digest
 from .errors import MedVLMError, UsageError
 from .imaging import export
 from .imaging.scan import Image, Study, Volume
+from .imaging.seg import save_seg
 from .predictors.base import Model, json_ready
 from .sample import NOTICE, Region, Report, rounded
+from .sr import Read, save_sr
 
 
 def analyze(study: Study, model: Model, out: str | Path, image: str | None = None, asked: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -90,7 +94,7 @@ def _written(out: Path) -> list[Path]:
     try:
         record = json.loads((out / "report.json").read_text(encoding="utf-8"))
         named = {r["mask"] for f in record["findings"] for r in f["regions"]} | {r["mask"] for r in record["structures"]}
-        named |= {i["preview"] for i in record["images"]}
+        named |= {i.get(n) for i in record["images"] for n in ("preview", "seg")} | {record.get("sr")}
     except (OSError, ValueError, KeyError, TypeError):  # none, or not one of ours
         return []
     inside = [out / n for n in named if n and (out / n).resolve().is_relative_to(out.resolve())]
@@ -144,9 +148,17 @@ def _write(study: Study, model: Model, folder: Path, asked: dict[str, Any]) -> d
     read = {name: pair for name, pair in reports.items() if pair[1].out_of_scope is None}
     reasons = {name: r.out_of_scope for name, (_, r) in reports.items() if r.out_of_scope}
     previews = {name: "preview.png" if name == next(iter(read)) else f"preview-{name}.png" for name in read}
-    findings, said, structures = [], [], []
+    findings, said, structures, for_sr, segs, trouble = [], [], [], [], {}, []
     for name, (image, report) in read.items():
-        paths = _save_masks(folder, image, report)
+        masks = _masks(report)
+        paths = _save_masks(folder, image, masks)
+        if "frames" in image.info:
+            try:
+                path = folder / previews[name].replace("preview", "seg").replace(".png", ".dcm")
+                for_sr.append(Read(image, report, masks, save_seg(image, masks, path, (model.name, model.version)) if masks else None))
+                segs |= {name: path.name} if masks else {}
+            except MedVLMError as error:
+                trouble.append(f"NO_SEG: {error.message} (image {name})")
         offset = len(findings)
         for finding in report.looked_for:
             findings.append({
@@ -160,15 +172,21 @@ def _write(study: Study, model: Model, folder: Path, asked: dict[str, Any]) -> d
         lines = [(" ".join([s.text, *(f"({chance(report.looked_for[k].probability)})" for k in s.findings if len(s.findings) == 1)]), [r.label for r in s.regions])
                  for s in report.sentences]  # fmt: skip
         export.save_preview(image, drawn, lines, folder / previews[name], f"{model.name} {model.version}", NOTICE)
+    try:
+        if for_sr:
+            save_sr(for_sr, folder / "sr.dcm", (model.name, model.version))
+    except MedVLMError as error:
+        trouble.append(f"NO_SR: {error.message}")
     there = {report.looked_for[k].label for _, report in read.values() for s in report.sentences for k in s.findings
              if not sentences.denies(s.text)}  # fmt: skip
     absent = list(dict.fromkeys(f["label"] for f in findings if f["label"] not in there))
-    warnings = list(study.warnings) + ([f"NOT_READ: {r} (image {name})" for name, r in reasons.items()] if read else [])
+    warnings = list(study.warnings) + ([f"NOT_READ: {r} (image {name})" for name, r in reasons.items()] if read else []) + trouble
     record = json_ready({
         "study": study.id, "model": _made_by(model), "asked": asked, "held": _held(study),
         "images": [{"id": i.id, "modality": i.modality, "size": list(i.shape[1:]), "spacing": i.spacing and [rounded(s, 6) for s in i.spacing],
-                    "preview": previews.get(i.id), "warnings": list(i.info["warnings"])} for i in study.images],
+                    "preview": previews.get(i.id), "seg": segs.get(i.id), "warnings": list(i.info["warnings"])} for i in study.images],
         "findings": findings, "looked_for_absent": absent, "structures": structures, "sentences": said, "warnings": warnings,
+        "sr": "sr.dcm" if (folder / "sr.dcm").exists() else None,
         "out_of_scope": None if read else "; ".join(dict.fromkeys(reasons.values())) or "the study holds no image", "notice": NOTICE,
     })  # fmt: skip
     (folder / "report.md").write_text(markdown(record), encoding="utf-8")
@@ -182,23 +200,30 @@ def _structures(report: Report) -> list[Region]:
     return list({r.label: r for f in report.looked_for for r in f.regions if r.label not in labels}.values())
 
 
-def _save_masks(folder: Path, image, report: Report) -> dict[str, str]:
-    """{label: path relative to the folder} of every region's mask: PNG for pictures, NIfTI for volumes."""
-    paths: dict[str, str] = {}
+def _masks(report: Report) -> dict[str, np.ndarray]:
+    """The first mask of every label that the report looked at."""
+    found: dict[str, np.ndarray] = {}
     for region in (r for f in report.looked_for for r in f.regions):
-        if region.mask is None or region.label in paths:
-            continue
-        name = re.sub(r"[\W_]+", "-", region.label.lower()).strip("-") or "target"
+        if region.mask is not None:
+            found.setdefault(region.label, region.mask)
+    return found
+
+
+def _save_masks(folder: Path, image: Image | Volume, masks: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """{label: path relative to the folder} of every mask: PNG for pictures, NIfTI for volumes."""
+    paths: dict[str, str] = {}
+    for label, mask in masks.items():
+        name = re.sub(r"[\W_]+", "-", label.lower()).strip("-") or "target"
         ending = ".png" if isinstance(image, Image) else ".nii.gz"
         path = folder / "masks" / f"{image.id}_{name}{ending}"
         if path.exists():  # two labels that differ in their marks alone
             path = path.with_name(f"{image.id}_{name}-{len(paths) + 1}{ending}")
         path.parent.mkdir(exist_ok=True)
         if ending == ".png":
-            export.save_mask_png(region.mask, path)
+            export.save_mask_png(mask, path)
         else:
-            export.save_mask_nifti(image, region.mask, path)
-        paths[region.label] = str(path.relative_to(folder))
+            export.save_mask_nifti(image, mask, path)
+        paths[label] = str(path.relative_to(folder))
     return paths
 
 

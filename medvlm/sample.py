@@ -209,18 +209,24 @@ class Segmentation:
         return Region(self.image.id, self.label, box_of(self.mask), self.mask, self.present)
 
     def save(self, path: str | Path) -> Path:
-        """Write .nii/.nii.gz (on the image's own grid) or .png (2-D: the mask; ``overlay*.png``: the picture with the outline)."""
+        """Write .nii/.nii.gz (on the image's own grid), .dcm (DICOM SEG, of an image that was DICOM) or .png (2-D: the mask;
+        ``overlay*.png``: the picture with the outline)."""
         from .imaging import export
 
         path = Path(path)
         if path.name.endswith((".nii", ".nii.gz")):
             return export.save_mask_nifti(self.image, self.mask, path)
+        if path.suffix == ".dcm":
+            from .imaging.seg import save_seg
+
+            save_seg(self.image, {self.label: self.mask}, path)
+            return path
         if path.suffix == ".png" and path.name.startswith("overlay"):
             return export.save_preview(self.image, [self.region], [], path)
         if path.suffix == ".png":
             return export.save_mask_png(self.mask, path)
         raise UsageError(f"cannot save a segmentation as {path.suffix or 'a file without extension'}", "BAD_ARGUMENT",
-                         "use .nii.gz, .nii, .png (the mask) or overlay.png (the picture with its outline)")  # fmt: skip
+                         "use .nii.gz, .nii, .dcm (DICOM SEG), .png (the mask) or overlay.png (the picture with its outline)")  # fmt: skip
 
 
 def box_of(mask: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

@@ -1,17 +1,166 @@
-"""DICOM segmentation objects, read onto the grid of the image they belong to."""
+"""DICOM segmentation objects: read onto the grid of the image they belong to, and written on it."""
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..errors import FileError, GeometryError
+from ..errors import FileError, GeometryError, UsageError
+from .dicom_header import import_pydicom
+from .files import writing
 from .limits import check_size
 from .scan import Image, Volume
 
 NEAR = 0.05
 """A voxel of a segmentation lies on a voxel of its image when it is no further from its centre than this (voxels)."""
+
+SERIES = 9001
+"""Series number of what is written: out of the way of a scanner's own."""
+NOT_FOR_DIAGNOSIS = "AI, not for diagnosis"
+CODES = {
+    "lung": "Lung", "heart": "Heart", "heart and mediastinum": "Mediastinum", "airways": "AirwayStructure", "body": "EntireBody", "bone": "Bone", "liver": "Liver",
+    "spleen": "Spleen", "kidney": "Kidney", "gallbladder": "Gallbladder", "stomach": "Stomach", "pancreas": "Pancreas", "duodenum": "Duodenum",
+    "small bowel": "SmallIntestine", "colon": "Colon", "aorta": "Aorta", "inferior vena cava": "InferiorVenaCava", "spinal cord": "SpinalCord",
+    "vessels": "BloodVessel", "nuclei": "Nucleus", "endotracheal tube": "EndotrachealTube", "central venous line": "CentralVenousCatheter",
+    "pleural effusion": "PleuralEffusion", "pneumothorax": "Pneumothorax", "cardiomegaly": "Cardiomegaly",
+}  # fmt: skip
+"""Our words as SNOMED CT concepts, by their names in pydicom's code dictionary (DICOM PS3.16); other words get a code of our own."""
+THINGS, CHANGES = ("endotracheal tube", "central venous line", "nasogastric tube"), ("pleural effusion", "pneumothorax", "ground-glass opacity", "consolidation")
+UTF8 = "ISO_IR 192"
+OWN = "99MEDVLM"
+"""Coding scheme of words that the dictionary lacks."""
+
+
+def coded(label: str) -> tuple[Any, Any | None]:
+    """(type, side or None) of a label as coded concepts: "right lung" is the lung and right."""
+    from pydicom.sr.codedict import codes
+
+    side, _, bare = label.partition(" ") if label.startswith(("right ", "left ")) else ("", "", label)
+    concept = getattr(codes.SCT, CODES[bare]) if bare in CODES else own(bare)
+    return concept, {"right": codes.SCT.Right, "left": codes.SCT.Left}.get(side)
+
+
+def own(word: str) -> Any:
+    """A word that the dictionary lacks as a concept of :data:`OWN`."""
+    from pydicom.sr.coding import Code
+
+    return Code(re.sub(r"\W+", "-", word).strip("-").upper()[:16] or "TARGET", OWN, word[:64])
+
+
+def headers(image: Image | Volume) -> list[Any]:
+    """The headers of the DICOM files that an image was read from, each once, without pixels; with the empty attributes that every file must have.
+
+    Raises:
+        UsageError: NOT_DICOM when it was read from other files.
+        FileError: NOT_FOUND when they are not there any more; UNSUPPORTED when they lack the UIDs to be referred to.
+    """
+    pydicom = import_pydicom()
+    files = list(dict.fromkeys(f for f in image.info.get("files") or () if f))
+    if not files or "frames" not in image.info:
+        raise UsageError(f"image {image.id} was not read from DICOM files", "NOT_DICOM", "save its masks as .nii.gz or .png")
+    found = []
+    for file in files:
+        try:
+            with warnings.catch_warnings(action="ignore"):  # they quote values
+                head = pydicom.dcmread(file, stop_before_pixels=True, force=True)
+                head.decode()
+        except OSError as error:
+            raise FileError(f"a DICOM file of image {image.id} is not there any more", "NOT_FOUND") from error
+        except Exception as error:
+            raise FileError(f"a header of image {image.id} cannot be read ({type(error).__name__})", "UNSUPPORTED") from error
+        if missing := [n for n in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID") if not head.get(n)]:
+            raise FileError(f"a DICOM file of image {image.id} has no {missing[0]}, so that nothing can refer to it", "UNSUPPORTED", "give it back its UIDs")
+        for name in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime"):
+            setattr(head, name, _plain(name, str(head.get(name) or "")))
+        head.SpecificCharacterSet = UTF8
+        found.append(head)
+    return found
+
+
+def _plain(name: str, value: str) -> str:
+    """As DICOM 3 writes it: ACR-NEMA's dots and colons of dates and times are dropped, what is no date, time or sex is left out."""
+    if name.endswith("Date"):
+        value = value.replace(".", "")
+        return value if re.fullmatch(r"\d{8}", value) else ""
+    if name.endswith("Time"):
+        value = value.replace(":", "")
+        return value if re.fullmatch(r"\d\d(\d\d(\d\d(\.\d{1,6})?)?)?", value) else ""
+    return value if name != "PatientSex" or value in ("M", "F", "O") else ""
+
+
+def save_seg(image: Image | Volume, masks: Mapping[str, np.ndarray], path: str | Path, model: tuple[str, str] = ("medvlm", "")) -> Any:
+    """Bool masks on an image's own grid -> one DICOM segmentation object (binary, a segment a label, in this order); gives the object.
+
+    What is outlined nowhere stays a segment without frames. A volume may have been turned or resampled since it was read: its
+    voxels are written where they lie in the patient.
+
+    Args:
+        model: (name, version) of what drew them.
+
+    Raises:
+        UsageError: NOT_DICOM for other images. FileError: NOT_FOUND, UNSUPPORTED, CANNOT_WRITE.
+        GeometryError: GRID_MISMATCH when a mask has another shape than its image.
+    """
+    for label, mask in masks.items():
+        if mask.shape != image.shape[1:]:
+            raise GeometryError(f"the mask of {label} is {mask.shape}, its image {image.id} is {tuple(image.shape[1:])}", "GRID_MISMATCH")
+    heads = headers(image)
+    if "affine" not in image.info and isinstance(image, Image) and int(heads[0].get("NumberOfFrames") or 1) > 1:
+        raise FileError(f"image {image.id} is one frame of several without a place in the patient, which a segmentation cannot refer to", "UNSUPPORTED", "save its masks as .png")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # they quote patients' names
+            made = _made(image, masks, heads, model)
+    except Exception as error:  # highdicom raises many kinds, and their texts may quote the header
+        raise FileError(f"the header of image {image.id} cannot carry a segmentation ({type(error).__name__})", "UNSUPPORTED") from error
+    with writing(path) as part:
+        made.save_as(part)
+    return made
+
+
+def _made(image: Image | Volume, masks: Mapping[str, np.ndarray], heads: list[Any], model: tuple[str, str]) -> Any:
+    import highdicom
+    from highdicom.seg import SegmentDescription, Segmentation
+    from pydicom.sr.codedict import codes
+
+    affine = image.affine if isinstance(image, Volume) else image.info.get("affine")
+    if affine is None:
+        heads[0].pop("FrameOfReferenceUID", None)  # of a picture without a place it promises one
+    if affine is not None and not heads[0].get("FrameOfReferenceUID"):
+        uid = highdicom.UID()
+        for head in heads:
+            head.FrameOfReferenceUID = uid
+    array = np.stack([np.asarray(m, np.uint8) for m in masks.values()], -1)
+    array = array if isinstance(image, Volume) else array[None]
+    place = {}
+    if affine is not None:
+        down, across = np.linalg.norm(affine[:3, 1:3], axis=0)
+        directions = affine[:3, 2] / across, affine[:3, 1] / down
+        apart = float(abs(affine[:3, 0] @ np.cross(*directions)))  # of a tilted gantry less than the distance of voxel centres
+        place = {
+            "plane_positions": [highdicom.PlanePositionSequence("PATIENT", affine[:3, 3] + d * affine[:3, 0]) for d in range(len(array))],
+            "plane_orientation": highdicom.PlaneOrientationSequence("PATIENT", np.concatenate(directions)),
+            "pixel_measures": highdicom.PixelMeasuresSequence((float(down), float(across)), apart, apart if len(array) > 1 else None),
+        }
+    elif image.spacing is not None:
+        place = {"pixel_measures": highdicom.PixelMeasuresSequence(image.spacing, None)}
+    drawn_by = highdicom.AlgorithmIdentificationSequence(model[0], codes.cid7162.ArtificialIntelligence, model[1] or "unknown")
+    segments = []
+    for number, label in enumerate(masks, start=1):
+        concept, side = coded(label)
+        kind = codes.SCT.PhysicalObject if label in THINGS else codes.SCT.MorphologicallyAbnormalStructure if label in CHANGES else codes.SCT.AnatomicalStructure
+        segment = SegmentDescription(number, label[:64], kind, concept, "AUTOMATIC", drawn_by)
+        if side is not None:
+            segment.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [highdicom.sr.CodedConcept.from_code(side)]
+        segments.append(segment)
+    return Segmentation(
+        heads, array, "BINARY", segments, highdicom.UID(), SERIES, highdicom.UID(), 1, "medvlm", model[0], model[1] or "unknown", "none",
+        content_label="MASKS", content_description="outlines drawn by a model", series_description=f"{NOT_FOR_DIAGNOSIS}: outlines", **place,
+    )  # fmt: skip
 
 
 def read_seg(path: str | Path, image: Image | Volume) -> list[tuple[str, np.ndarray]]:

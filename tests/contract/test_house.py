@@ -19,7 +19,7 @@ FLOORS = {
     "encoders": 5, "projectors": 5, "heads": 5,
     "processor": 5, "vlm": 6,
     "predictors": 7,
-    "reading": 7.5, "export": 7.5,
+    "sr": 7.2, "reading": 7.5, "export": 7.5,
     "train": 8,
     "recipes": 9,
     "demo": 10, "doctor": 10,

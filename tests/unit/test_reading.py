@@ -243,7 +243,7 @@ def test_one_study_that_fails_does_not_stop_the_others(worklist, tmp_path, error
 
 
 def test_no_patient_in_what_is_written(tmp_path):
-    """A name, a number and a birth date in the header are in no file, name of a file, or record."""
+    """A name, a number and a birth date in the header are in no name of a file, no record, and no file but DICOM, which is about this patient."""
     source = studies.dicom(tmp_path / "Doe^Jane" / "a.dcm")
     header = pydicom.dcmread(source)
     header.PatientName, header.PatientID, header.PatientBirthDate, header.AccessionNumber = "Doe^Jane", "4711-0815", "19700203", "ACC-99"
@@ -262,9 +262,31 @@ def test_no_patient_in_what_is_written(tmp_path):
     written = [p for f in ("out", "many") for p in (tmp_path / f).rglob("*")]
     assert len(written) > 8
     for path in written:
-        inside = path.read_bytes() if path.is_file() else b""
+        inside = path.read_bytes() if path.is_file() and path.suffix != ".dcm" else b""
         for secret in (b"Doe", b"4711-0815", b"19700203", b"ACC-99", b"Elsewhere"):
             assert secret not in inside and secret.decode() not in str(path.relative_to(tmp_path)), path
+
+
+def test_of_dicom_a_segmentation_and_a_structured_report_are_written(tmp_path):
+    import dicom_corpus
+
+    source = dicom_corpus.ds(pixels=np.zeros((60, 80), np.int16), Modality="CR", SOPClassUID="1.2.840.10008.5.1.4.1.1.1", ImagePositionPatient=None, ImageOrientationPatient=None, RescaleType=None)
+    (tmp_path / "in").mkdir()
+    dicom_corpus.write(tmp_path / "in", [source])
+    record = reading.analyze(medvlm.read(tmp_path / "in"), Known(), tmp_path / "out")
+    assert record["images"][0]["seg"] == "seg.dcm" and record["sr"] == "sr.dcm" and not any("NO_S" in w for w in record["warnings"])
+    stored = pydicom.dcmread(tmp_path / "out/seg.dcm")
+    assert [s.SegmentLabel for s in stored.SegmentSequence] == ["consolidation", "right lung", "left lung"]
+    for number, frame in enumerate(stored.pixel_array):
+        mask = np.asarray(Pillow.open(tmp_path / "out/masks" / f"xray-1_{stored.SegmentSequence[number].SegmentLabel.replace(' ', '-')}.png"))
+        assert np.array_equal(frame, mask)
+    told = pydicom.dcmread(tmp_path / "out/sr.dcm")
+    assert stored.SOPInstanceUID in str(told) and b"Consolidation on the right." in (tmp_path / "out/sr.dcm").read_bytes() and told.PatientID == "4711"
+    del source.StudyInstanceUID
+    dicom_corpus.write(tmp_path / "in", [source])
+    record = reading.analyze(medvlm.read(tmp_path / "in"), Known(), tmp_path / "out")
+    assert record["images"][0]["seg"] is None is record["sr"] and "StudyInstanceUID" in record["warnings"][-1] and record["findings"]
+    assert not list((tmp_path / "out").glob("*.dcm"))
 
 
 def test_the_command_reads_one_and_many(worklist, tmp_path, monkeypatch, capsys):
