@@ -256,6 +256,22 @@ def test_encoders_and_mask_heads_run_without_this_package(tmp_path, form, fine):
     assert np.ptp(logits.numpy()) > 0.1
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_text_tower_takes_texts_up_to_its_own_longest(tmp_path):
+    tower = {"model_type": "clip_text_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40,
+             "max_position_embeddings": 13, "eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0}  # fmt: skip
+    model = shaken(MedVLM(MedVLMConfig(parts={"encoders": {"text": {"file": "text", "args": tower}}}, about={"name": "words", "routes": {}})))
+    export.to_torch(model, tmp_path)
+    run = torch.export.load(tmp_path / "text.pt2").module()
+    for length in (3, 13):
+        ids = torch.randint(2, 40, (3, length))
+        ids[:, -1] = 1
+        expected = model.encoders["text"](ids, torch.ones_like(ids))
+        for ours, theirs in zip((expected.tokens, expected.pooled), run(ids, torch.ones_like(ids))):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
 def test_a_graph_with_other_numbers_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.export, "load", lambda path: type("Broken", (), {"module": lambda self: lambda *given: [torch.zeros(()) for _ in range(9)]})())
     error = refused(lambda: export.to_torch(outlines(), tmp_path))
