@@ -34,7 +34,7 @@ _WHICH = {
 }  # fmt: skip
 _NOTHING = re.compile(r"(?:\W+(?:is|was|are|were|does|did|do|being|am|i|you|we|looking|see|at|this|that|it|these|the|an?|above|given|image|imaging|images|picture|photo|photograph|scan|"
                       r"slice|study|film|radiology|radiologic|radiological|medical|modality|plane|kind|type|used|use|shown|show|seen|displayed|depicted|represented|represent|taken|made|"
-                      r"acquired|obtained|produced|captured|scanned|oriented|demonstrated|imaged|being|belong|about|take|make|acquire|obtain|produce|capture|here|to|in|of|for|by|from|with|on|or|currently|please|"
+                      r"acquired|obtained|produced|captured|scanned|oriented|demonstrated|imaged|belong|about|take|make|acquire|obtain|produce|capture|here|to|in|of|for|by|from|with|on|or|currently|please|"
                       r"ct|mri?|x-?\s?rays?|ultrasound|angiogram|mammogra\w+|pet|nuclear medicine|gastrointestinal(?= image)|radiograph|which|method|technique))*\W*", re.I)
 """What may follow the words that ask for one of a group, and asks for nothing more."""
 _THERE = re.compile(r"^(?:is|are) there (?:an? |any |evidence of |signs? of )*(?P<what>[\w -]+?)(?: (?:in|on) (?:this|the) (?:(?:chest|ct|mr|fundus) )*(?:image|picture|film|scan|slice|x-?ray|photograph|study)| present| seen| visible| here)*\?*$|"

@@ -57,7 +57,7 @@ ZOOM, SCALE = {"fundus": 5.85}, {"pathology": 1.5}
 shows the eye as large, and pixels of the input for one of the picture."""
 WINDOW = 170
 """Pixels of the training pictures in a window of 256, which is both of these."""
-SHOWN = ((40.0, 400.0), (40.0, 80.0), (-600.0, 1500.0), (400.0, 1800.0))
+SHOWN = window.named(("soft tissue", "brain", "lung", (400.0, 1800.0)))
 """Windows through which slices of CT are exported as pictures: soft tissue, brain, lung, bone."""
 COMPLETE = 10
 """A label map with so many names leaves out nothing of ``CT`` that it shows, if it is made, or so many are of ``CT``: some maps are of one aorta's parts."""

@@ -6,6 +6,7 @@ import functools
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -156,7 +157,7 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
     """
     pictures: dict[str, list[Tensor]] = defaultdict(list)
     labels, captions, objects, told = [], [], [], []
-    drawn: list[tuple[int, int, bool, Tensor | None, bool]] = []
+    drawn: list[Drawn] = []
     rows: list[tuple[Turnset, dict, Case, dict[int, Tensor]]] = []
     for case, lot in zip(cases, lots):
         chosen = [case.turns[i] for i in _choose(case.turns, turns, kinds or {}, lot)]
@@ -179,7 +180,7 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
                         array, targets = laid(array, way), laid(targets, way)
                 moved |= zip(mine, torch.from_numpy(np.ascontiguousarray(targets)))
                 if order == k == 0:
-                    drawn += [(len(pictures[encoder]), label, case.weak[t], *((moved[t], _stays(case, t, moved)) if case.present[t] else (None, False))) for label, t in named.items()]
+                    drawn += [Drawn(len(pictures[encoder]), label, case.weak[t], moved[t] if case.present[t] else None, _stays(case, t, moved)) for label, t in named.items()]
                 if case.objects is not None and order == k == 0:
                     objects.append((len(pictures[encoder]), corners, marks))
                 slots.setdefault(key, []).append((encoder, len(pictures[encoder])))
@@ -218,13 +219,22 @@ def _stays(case: Case, target: int, moved: Mapping[int, Tensor]) -> bool:
     return case.present[target] and bool((moved[target] > min(127, int(case.masks[target].max()) // 2)).any())
 
 
-def _outlines(drawn: Sequence[tuple[int, int, bool, Tensor | None, bool]]) -> dict[str, Tensor]:
-    """(picture, label, weak, coverage or None where it is absent, whether it stays) as tensors; what was moved out of the picture is neither there nor absent."""
-    there = [d for d in drawn if d[4]]
-    none = [d[:2] for d in drawn if d[3] is None]
+class Drawn(NamedTuple):
+    """What is known of a label of the mask head in a picture of a batch. coverage: None where it is absent; stays: whether it is in the picture still."""
+
+    picture: int
+    label: int
+    weak: bool
+    coverage: Tensor | None
+    stays: bool
+
+
+def _outlines(drawn: Sequence[Drawn]) -> dict[str, Tensor]:
+    """What was moved out of a picture is neither there nor absent."""
+    there, none = [d for d in drawn if d.stays], [(d.picture, d.label) for d in drawn if d.coverage is None]
     return {
-        "mask": torch.stack([d[3] for d in there]) if there else torch.zeros(0, dtype=torch.uint8), "weak": torch.tensor([d[2] for d in there], dtype=torch.bool),
-        "image": torch.tensor([d[0] for d in there], dtype=torch.long), "label": torch.tensor([d[1] for d in there], dtype=torch.long),
+        "mask": torch.stack([d.coverage for d in there]) if there else torch.zeros(0, dtype=torch.uint8), "weak": torch.tensor([d.weak for d in there], dtype=torch.bool),
+        "image": torch.tensor([d.picture for d in there], dtype=torch.long), "label": torch.tensor([d.label for d in there], dtype=torch.long),
         "none": torch.tensor(none, dtype=torch.long).reshape(-1, 2),
     }  # fmt: skip
 
