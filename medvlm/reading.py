@@ -153,12 +153,14 @@ def _write(study: Study, model: Model, folder: Path, asked: dict[str, Any]) -> d
         masks = _masks(report)
         paths = _save_masks(folder, image, masks)
         if "frames" in image.info:
+            seg = None
             try:
                 path = folder / previews[name].replace("preview", "seg").replace(".png", ".dcm")
-                for_sr.append(Read(image, report, masks, save_seg(image, masks, path, (model.name, model.version)) if masks else None))
+                seg = save_seg(image, masks, path, (model.name, model.version)) if masks else None
                 segs |= {name: path.name} if masks else {}
             except MedVLMError as error:
                 trouble.append(f"NO_SEG: {error.message} (image {name})")
+            for_sr.append(Read(image, report, masks, seg))
         offset = len(findings)
         for finding in report.looked_for:
             findings.append({

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import FileError
+from .errors import FileError, MedVLMError
+from .imaging.dicom_header import quiet
 from .imaging.files import writing
 from .imaging.scan import Image, Volume
 from .imaging.seg import NOT_FOR_DIAGNOSIS, coded, headers, own
@@ -47,13 +47,17 @@ def save_sr(readings: Sequence[Read], path: str | Path, model: tuple[str, str]) 
         FileError: NOT_FOUND, UNSUPPORTED, CANNOT_WRITE.
     """
     heads = [headers(r.image) for r in readings]
+    if len({str(h.StudyInstanceUID) for head in heads for h in head}) > 1:
+        raise FileError("the images belong to several studies; a report is about one", "UNSUPPORTED")
     try:
-        with warnings.catch_warnings(action="ignore"):  # they quote patients' names
+        with quiet():
             made = _made(readings, heads, model)
+            with writing(path) as part:
+                made.save_as(part)
+    except MedVLMError:
+        raise
     except Exception as error:  # highdicom raises many kinds, and their texts may quote the header
-        raise FileError(f"the header of image {readings[0].image.id} cannot carry a report ({type(error).__name__})", "UNSUPPORTED") from error
-    with writing(path) as part:
-        made.save_as(part)
+        raise FileError(f"the header of image {readings[0].image.id} cannot carry a report ({type(error).__name__})", "UNSUPPORTED") from None
     return Path(path)
 
 
@@ -65,7 +69,7 @@ def _made(readings: Sequence[Read], heads: list[list[Any]], model: tuple[str, st
     drawn_by = sr.AlgorithmIdentification(model[0], model[1] or "unknown")
     groups = [group for read, head in zip(readings, heads) for group in (*_outlines(read, head, drawn_by), *_findings(read, head, drawn_by))]
     if not groups:  # the template wants one
-        groups = [sr.MeasurementsAndQualitativeEvaluations(sr.TrackingIdentifier(highdicom.UID(), r.image.id), algorithm_id=drawn_by, source_images=_sources(h)) for r, h in zip(readings, heads)]
+        groups = [sr.MeasurementsAndQualitativeEvaluations(sr.TrackingIdentifier(highdicom.UID(), r.image.id), algorithm_id=drawn_by, source_images=_sources(r.image, h)) for r, h in zip(readings, heads)]
     observer = sr.ObserverContext(codes.DCM.Device, sr.DeviceObserverIdentifyingAttributes(highdicom.UID(), name=model[0], manufacturer_name="medvlm"))
     content = sr.MeasurementReport(sr.ObservationContext(observer_device_context=observer), codes.SCT.ImagingProcedure, groups)
     said = [(codes.DCM.Impression if s.section == "impression" else codes.DCM.Finding, s.text) for r in readings for s in r.report.sentences]
@@ -111,22 +115,25 @@ def _findings(read: Read, heads: list[Any], drawn_by: Any) -> Iterator[Any]:
     from pydicom.sr.coding import Code
 
     for finding in read.report.looked_for:
+        concept, side = coded(finding.label)
         measured = [
-            sr.Measurement(getattr(codes.SCT, NAMES[m.name]) if m.name in NAMES else own(m.name), m.value, Code(m.unit, "UCUM", m.unit))
+            sr.Measurement(getattr(codes.SCT, NAMES[m.name]) if m.name in NAMES else own(m.name), float(m.value), Code(m.unit, "UCUM", m.unit))
             for m in finding.measurements if math.isfinite(m.value)
         ]  # fmt: skip
         yield sr.MeasurementsAndQualitativeEvaluations(
-            tracking_identifier=sr.TrackingIdentifier(highdicom.UID(), f"{read.image.id} {finding.label}"), finding_type=coded(finding.label)[0], algorithm_id=drawn_by,
+            tracking_identifier=sr.TrackingIdentifier(highdicom.UID(), f"{read.image.id} {finding.label}"), finding_type=concept, algorithm_id=drawn_by,
+            finding_sites=[sr.FindingSite(concept, laterality=side)] if side is not None else None,
             qualitative_evaluations=[sr.QualitativeEvaluation(codes.DCM.PresenceOfProperty, codes.SCT.Present if finding.present else codes.SCT.Absent)],
             measurements=_certainty(finding.probability) + measured,
-            source_images=_sources(heads),
+            source_images=_sources(read.image, heads),
         )  # fmt: skip
 
 
-def _sources(heads: list[Any]) -> list[Any]:
+def _sources(image: Image | Volume, heads: list[Any]) -> list[Any]:
     from highdicom import sr
 
-    return [sr.SourceImageForMeasurementGroup(h.SOPClassUID, h.SOPInstanceUID) for h in heads]
+    frames = [f for f in image.info["frames"] if f] if int(heads[0].get("NumberOfFrames") or 1) > 1 else None
+    return [sr.SourceImageForMeasurementGroup(h.SOPClassUID, h.SOPInstanceUID, frames) for h in heads]
 
 
 def _certainty(chance: float | None) -> list[Any]:
@@ -135,4 +142,4 @@ def _certainty(chance: float | None) -> list[Any]:
     from pydicom.sr.codedict import codes
 
     known = chance is not None and math.isfinite(chance)
-    return [sr.Measurement(codes.DCM.CertaintyOfFinding, round(100 * chance, 2), codes.UCUM.Percent)] if known else []
+    return [sr.Measurement(codes.DCM.CertaintyOfFinding, round(100 * float(chance), 2), codes.UCUM.Percent)] if known else []

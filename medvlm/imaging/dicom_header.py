@@ -168,7 +168,7 @@ def read_header(path) -> Header:
         head = Header(File(path, syntax.decode(), offset, length, size, fast=True), values)
         if _plain(head):
             return head
-    return _slow(path)
+    return by_pydicom(path)
 
 
 def _plain(head: Header) -> bool:
@@ -192,7 +192,12 @@ def _plain(head: Header) -> bool:
     )
 
 
-def _slow(path) -> Header:
+def by_pydicom(path) -> Header:
+    """A header read by pydicom, whose data set ``file.dataset`` is.
+
+    Raises:
+        FileError: CORRUPT, TRUNCATED. OSError when it cannot be opened.
+    """
     pydicom = import_pydicom()
     size = Path(path).stat().st_size
     with open(path, "rb") as file:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import FileError, GeometryError, UsageError
-from .dicom_header import import_pydicom
+from ..errors import FileError, GeometryError, MedVLMError, UsageError
+from .dicom_header import by_pydicom, parsed, quiet
 from .files import writing
 from .limits import check_size
 from .scan import Image, Volume
@@ -31,6 +31,8 @@ CODES = {
 }  # fmt: skip
 """Our words as SNOMED CT concepts, by their names in pydicom's code dictionary (DICOM PS3.16); other words get a code of our own."""
 THINGS, CHANGES = ("endotracheal tube", "central venous line", "nasogastric tube"), ("pleural effusion", "pneumothorax", "ground-glass opacity", "consolidation")
+SQUARE = 1e-4
+"""Cosine of the angle between rows and columns up to which it is a right one."""
 UTF8 = "ISO_IR 192"
 OWN = "99MEDVLM"
 """Coding scheme of words that the dictionary lacks."""
@@ -49,47 +51,75 @@ def own(word: str) -> Any:
     """A word that the dictionary lacks as a concept of :data:`OWN`."""
     from pydicom.sr.coding import Code
 
-    return Code(re.sub(r"\W+", "-", word).strip("-").upper()[:16] or "TARGET", OWN, word[:64])
+    code = re.sub(r"\W+", "-", word).strip("-").upper() or "TARGET"
+    if len(code) > 16:  # a code has no more; two words must not share one
+        code = f"{code[:11]}-{hashlib.sha256(word.encode()).hexdigest()[:4].upper()}"
+    return Code(code, OWN, _line(word))
+
+
+def _line(word: str) -> str:
+    """A word as one value of at most 64 characters: a backslash would begin another."""
+    return word.replace("\\", "/")[:64]
 
 
 def headers(image: Image | Volume) -> list[Any]:
-    """The headers of the DICOM files that an image was read from, each once, without pixels; with the empty attributes that every file must have.
+    """The headers of the DICOM files that an image was read from, each once, without pixels, in UTF-8; with the attributes that every file must have.
 
     Raises:
         UsageError: NOT_DICOM when it was read from other files.
-        FileError: NOT_FOUND when they are not there any more; UNSUPPORTED when they lack the UIDs to be referred to.
+        FileError: NOT_FOUND when they are not there any more, or others are there now; UNSUPPORTED when they lack the UIDs to be
+            referred to, or share them; what is wrong with a file.
     """
-    pydicom = import_pydicom()
     files = list(dict.fromkeys(f for f in image.info.get("files") or () if f))
     if not files or "frames" not in image.info:
         raise UsageError(f"image {image.id} was not read from DICOM files", "NOT_DICOM", "save its masks as .nii.gz or .png")
     found = []
-    for file in files:
-        try:
-            with warnings.catch_warnings(action="ignore"):  # they quote values
-                head = pydicom.dcmread(file, stop_before_pixels=True, force=True)
-                head.decode()
-        except OSError as error:
-            raise FileError(f"a DICOM file of image {image.id} is not there any more", "NOT_FOUND") from error
-        except Exception as error:
-            raise FileError(f"a header of image {image.id} cannot be read ({type(error).__name__})", "UNSUPPORTED") from error
-        if missing := [n for n in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID") if not head.get(n)]:
-            raise FileError(f"a DICOM file of image {image.id} has no {missing[0]}, so that nothing can refer to it", "UNSUPPORTED", "give it back its UIDs")
-        for name in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime"):
-            setattr(head, name, _plain(name, str(head.get(name) or "")))
-        head.SpecificCharacterSet = UTF8
-        found.append(head)
+    with quiet():
+        for file in files:
+            try:
+                head = by_pydicom(file).file.dataset
+            except OSError:
+                raise FileError(f"a DICOM file of image {image.id} is not there any more", "NOT_FOUND") from None
+            if missing := [n for n in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID") if not _text(head, n)]:
+                raise FileError(f"a DICOM file of image {image.id} has no {missing[0]}, so that nothing can refer to it", "UNSUPPORTED", "give it back its UIDs")
+            parsed("the header", head.decode)
+            for name in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate", "StudyTime"):
+                value = _plain(name, _text(head, name))
+                head.pop(name, None)  # it may be stored as what it is not
+                setattr(head, name, value)
+            head.SpecificCharacterSet = UTF8
+            found.append(head)
+    uids = [str(head.SOPInstanceUID) for head in found]
+    if len(set(uids)) < len(uids):
+        raise FileError(f"two DICOM files of image {image.id} have the same SOPInstanceUID, so that nothing can refer to one of them", "UNSUPPORTED", "give each its own")
+    if not set(filter(None, image.info.get("sop") or ())) <= set(uids):
+        raise FileError(f"the DICOM files of image {image.id} are others than when it was read", "NOT_FOUND", "read it again")
     return found
+
+
+def _text(head: Any, name: str) -> str:
+    """An attribute as text, "" where it is missing or makes no sense as what it says it is."""
+    from pydicom.multival import MultiValue
+
+    try:
+        value = head.get(name)
+    except Exception:  # pydicom raises many kinds, whose texts quote the value
+        delattr(head, name)
+        return ""
+    return "" if value is None else "\\".join(map(str, value)) if isinstance(value, MultiValue) else str(value)
 
 
 def _plain(name: str, value: str) -> str:
     """As DICOM 3 writes it: ACR-NEMA's dots and colons of dates and times are dropped, what is no date, time or sex is left out."""
-    if name.endswith("Date"):
-        value = value.replace(".", "")
-        return value if re.fullmatch(r"\d{8}", value) else ""
-    if name.endswith("Time"):
-        value = value.replace(":", "")
-        return value if re.fullmatch(r"\d\d(\d\d(\d\d(\.\d{1,6})?)?)?", value) else ""
+    from pydicom.valuerep import DA, TM
+
+    try:
+        if name.endswith("Date"):
+            return value.replace(".", "") if DA(value.replace(".", "")) else ""
+        if name.endswith("Time"):
+            return value.replace(":", "") if TM(value.replace(":", "")) else ""
+    except ValueError:
+        return ""
     return value if name != "PatientSex" or value in ("M", "F", "O") else ""
 
 
@@ -109,35 +139,35 @@ def save_seg(image: Image | Volume, masks: Mapping[str, np.ndarray], path: str |
     for label, mask in masks.items():
         if mask.shape != image.shape[1:]:
             raise GeometryError(f"the mask of {label} is {mask.shape}, its image {image.id} is {tuple(image.shape[1:])}", "GRID_MISMATCH")
-    heads = headers(image)
-    if "affine" not in image.info and isinstance(image, Image) and int(heads[0].get("NumberOfFrames") or 1) > 1:
+    heads, affine = headers(image), image.affine if isinstance(image, Volume) else image.info.get("affine")
+    if affine is None and int(heads[0].get("NumberOfFrames") or 1) > 1:
         raise FileError(f"image {image.id} is one frame of several without a place in the patient, which a segmentation cannot refer to", "UNSUPPORTED", "save its masks as .png")
+    if affine is not None and abs(affine[:3, 1] @ affine[:3, 2]) > SQUARE * np.linalg.norm(affine[:3, 1]) * np.linalg.norm(affine[:3, 2]):
+        raise GeometryError(f"the rows and columns of image {image.id} are not at right angles, which a segmentation cannot say", "UNSUPPORTED", "save its masks as .nii.gz")
     try:
-        with warnings.catch_warnings(action="ignore"):  # they quote patients' names
-            made = _made(image, masks, heads, model)
+        with quiet():
+            made = _made(image, affine, masks, heads, model)
+            with writing(path) as part:
+                made.save_as(part)
+    except MedVLMError:
+        raise
     except Exception as error:  # highdicom raises many kinds, and their texts may quote the header
-        raise FileError(f"the header of image {image.id} cannot carry a segmentation ({type(error).__name__})", "UNSUPPORTED") from error
-    with writing(path) as part:
-        made.save_as(part)
+        raise FileError(f"the header of image {image.id} cannot carry a segmentation ({type(error).__name__})", "UNSUPPORTED") from None
     return made
 
 
-def _made(image: Image | Volume, masks: Mapping[str, np.ndarray], heads: list[Any], model: tuple[str, str]) -> Any:
+def _made(image: Image | Volume, affine: np.ndarray | None, masks: Mapping[str, np.ndarray], heads: list[Any], model: tuple[str, str]) -> Any:
     import highdicom
     from highdicom.seg import SegmentDescription, Segmentation
     from pydicom.sr.codedict import codes
 
-    affine = image.affine if isinstance(image, Volume) else image.info.get("affine")
+    array = np.stack([np.asarray(m, bool) for m in masks.values()], -1).astype(np.uint8)
+    array = array if isinstance(image, Volume) else array[None]
+    array = array if array.any() else array[:1]  # of what is empty all frames would be written
+    place, groups = {}, heads[0].get("SharedFunctionalGroupsSequence")
     if affine is None:
         heads[0].pop("FrameOfReferenceUID", None)  # of a picture without a place it promises one
-    if affine is not None and not heads[0].get("FrameOfReferenceUID"):
-        uid = highdicom.UID()
-        for head in heads:
-            head.FrameOfReferenceUID = uid
-    array = np.stack([np.asarray(m, np.uint8) for m in masks.values()], -1)
-    array = array if isinstance(image, Volume) else array[None]
-    place = {}
-    if affine is not None:
+    else:
         down, across = np.linalg.norm(affine[:3, 1:3], axis=0)
         directions = affine[:3, 2] / across, affine[:3, 1] / down
         apart = float(abs(affine[:3, 0] @ np.cross(*directions)))  # of a tilted gantry less than the distance of voxel centres
@@ -146,21 +176,37 @@ def _made(image: Image | Volume, masks: Mapping[str, np.ndarray], heads: list[An
             "plane_orientation": highdicom.PlaneOrientationSequence("PATIENT", np.concatenate(directions)),
             "pixel_measures": highdicom.PixelMeasuresSequence((float(down), float(across)), apart, apart if len(array) > 1 else None),
         }
-    elif image.spacing is not None:
-        place = {"pixel_measures": highdicom.PixelMeasuresSequence(image.spacing, None)}
+        frame = heads[0].get("FrameOfReferenceUID") or highdicom.UID()
+        for head in heads:
+            head.FrameOfReferenceUID = frame
+            head.SliceThickness = apart  # highdicom takes a header's word before ours
+        for name in ("PlaneOrientationSequence", "PixelMeasuresSequence") if groups else ():
+            if name not in groups[0]:  # it stands with each frame: those of this image have the same
+                setattr(groups[0], name, heads[0].PerFrameFunctionalGroupsSequence[next(f for f in image.info["frames"] if f) - 1].get(name))
     drawn_by = highdicom.AlgorithmIdentificationSequence(model[0], codes.cid7162.ArtificialIntelligence, model[1] or "unknown")
     segments = []
     for number, label in enumerate(masks, start=1):
         concept, side = coded(label)
-        kind = codes.SCT.PhysicalObject if label in THINGS else codes.SCT.MorphologicallyAbnormalStructure if label in CHANGES else codes.SCT.AnatomicalStructure
-        segment = SegmentDescription(number, label[:64], kind, concept, "AUTOMATIC", drawn_by)
+        bare = label.removeprefix("right ").removeprefix("left ")
+        kind = codes.SCT.PhysicalObject if bare in THINGS else codes.SCT.MorphologicallyAbnormalStructure if bare in CHANGES else codes.SCT.AnatomicalStructure
+        segment = SegmentDescription(number, _line(label), kind, concept, "AUTOMATIC", drawn_by)
         if side is not None:
             segment.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [highdicom.sr.CodedConcept.from_code(side)]
         segments.append(segment)
-    return Segmentation(
+    made = Segmentation(
         heads, array, "BINARY", segments, highdicom.UID(), SERIES, highdicom.UID(), 1, "medvlm", model[0], model[1] or "unknown", "none",
         content_label="MASKS", content_description="outlines drawn by a model", series_description=f"{NOT_FOR_DIAGNOSIS}: outlines", **place,
     )  # fmt: skip
+    shared = made.SharedFunctionalGroupsSequence[0] if made.get("SharedFunctionalGroupsSequence") else {}
+    if place:
+        shared.PixelMeasuresSequence = place["pixel_measures"]
+    elif "PixelMeasuresSequence" in shared:
+        del shared.PixelMeasuresSequence  # without a slice thickness, which a radiograph has not, highdicom's own reader stumbles over it
+    frames = set(image.info["frames"])
+    for group in made.PerFrameFunctionalGroupsSequence if groups else ():
+        for derived in group.get("DerivationImageSequence", ()):  # highdicom names every frame that lies there, of all phases
+            derived.SourceImageSequence = [s for s in derived.SourceImageSequence if s.ReferencedFrameNumber in frames]
+    return made
 
 
 def read_seg(path: str | Path, image: Image | Volume) -> list[tuple[str, np.ndarray]]:
@@ -205,6 +251,9 @@ def read_seg(path: str | Path, image: Image | Volume) -> list[tuple[str, np.ndar
 def _onto(array: np.ndarray, affine: np.ndarray, image: Volume, name: str) -> np.ndarray:
     """Voxels put where they lie in the image; nothing is interpolated."""
     matrix = np.linalg.inv(image.affine) @ affine
+    for axis in (k for k, n in enumerate(array.shape) if n == 1):  # how far it is to a next one, nobody knows
+        along = np.abs(matrix[:3, axis]).argmax()
+        matrix[:3, axis] = np.eye(3)[along] * np.sign(matrix[along, axis])
     steps, start = np.rint(matrix[:3, :3]).astype(int), np.rint(matrix[:3, 3]).astype(int)
     far = np.array(np.meshgrid(*[(0, n - 1) for n in array.shape], indexing="ij")).reshape(3, -1)
     off = np.abs(matrix[:3, :3] @ far + matrix[:3, 3:] - (steps @ far + start[:, None])).max()

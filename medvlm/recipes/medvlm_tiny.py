@@ -57,8 +57,8 @@ ZOOM, SCALE = {"fundus": 5.85}, {"pathology": 1.5}
 shows the eye as large, and pixels of the input for one of the picture."""
 WINDOW = 170
 """Pixels of the training pictures in a window of 256, which is both of these."""
-SHOWN = window.named(("soft tissue", "brain", "lung", (400.0, 1800.0)))
-"""Windows through which slices of CT are exported as pictures: soft tissue, brain, lung, bone."""
+SHOWN = ("soft tissue", "brain", "lung", (400.0, 1800.0))
+"""Windows through which slices of CT are exported as pictures; the last is for bone."""
 COMPLETE = 10
 """A label map with so many names leaves out nothing of ``CT`` that it shows, if it is made, or so many are of ``CT``: some maps are of one aorta's parts."""
 PATIENTS = 5
@@ -122,7 +122,7 @@ def samples(group: list[Sample], name: str, split: str) -> Iterator[Sample]:
             for number, one in enumerate(sliced(whole, count, plane)):
                 yield from _conversations(one, complete)
                 if split == "train" and image.unit == "HU" and number % 2 == 0:
-                    yield from _conversations(_exported(one, SHOWN[number // 2 % len(SHOWN)]), complete)
+                    yield from _conversations(_exported(one, window.named(SHOWN)[number // 2 % len(SHOWN)]), complete)
     else:
         talks = list(_conversations(group))
         yield from talks

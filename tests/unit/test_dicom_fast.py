@@ -21,7 +21,7 @@ def same_both_ways(file: Path) -> bool | None:
     fast = dicom_header.read_header(file)
     if not fast.file.fast:
         return None
-    slow = dicom_header._slow(file)
+    slow = dicom_header.by_pydicom(file)
     assert {k: v.rstrip(b"\0 ") for k, v in fast.values.items() if v.rstrip(b"\0 ")} == {k: v.rstrip(b"\0 ") for k, v in slow.values.items() if v.rstrip(b"\0 ")}
     assert (fast.file.syntax, fast.file.offset, fast.file.length) == (slow.file.syntax, slow.file.offset, slow.file.length)
     raw = np.empty((fast.whole("Rows"), fast.whole("Columns")), f"{'ui'[fast.whole('PixelRepresentation')]}{fast.whole('BitsAllocated') // 8}")

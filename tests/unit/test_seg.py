@@ -15,7 +15,7 @@ from medvlm import sr
 from medvlm.errors import MedVLMError
 from medvlm.imaging.dicom import read_dicom
 from medvlm.imaging.scan import Image, Volume
-from medvlm.imaging.seg import read_seg, save_seg
+from medvlm.imaging.seg import coded, read_seg, save_seg
 from medvlm.sample import Finding, Measurement, Region, Report, Segmentation, Sentence, box_of
 
 
@@ -109,7 +109,7 @@ def test_a_picture_has_a_frame_for_each_outline(tmp_path):
     numbers = [f.SegmentIdentificationSequence[0].ReferencedSegmentNumber for f in stored.PerFrameFunctionalGroupsSequence]
     sources = {s.ReferencedSOPInstanceUID for f in stored.PerFrameFunctionalGroupsSequence for s in f.DerivationImageSequence[0].SourceImageSequence}
     assert numbers == [1, 2] and sources == {image.info["sop"][0]} and len(stored.SegmentSequence) == 3
-    assert stored.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing == list(image.spacing)
+    assert highdicom.seg.segread(tmp_path / "out.seg").number_of_segments == 3
 
 
 def test_names_in_any_script_are_kept_and_told_to_nobody(tmp_path, capfd):
@@ -117,6 +117,7 @@ def test_names_in_any_script_are_kept_and_told_to_nobody(tmp_path, capfd):
     slices = corpus.series(SpecificCharacterSet=["", "ISO 2022 IR 87"], PatientSex="N/A", StudyTime="11:20:00", StudyDate="/0")
     for d in slices:
         d.PatientName = name
+    slices[0].add_new(0x00184000, "LT", "a comment")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         image = read(corpus.write(tmp_path, slices))
@@ -134,6 +135,10 @@ def test_what_cannot_be_referred_to_is_refused(tmp_path):
         d.StudyInstanceUID = ""
     (tmp_path / "b").mkdir()
     anonymous = read(corpus.write(tmp_path / "b", blank))
+    (tmp_path / "c").mkdir()
+    twice = corpus.series(series="c")
+    twice[3].SOPInstanceUID = twice[2].SOPInstanceUID
+    twice = read(corpus.write(tmp_path / "c", twice))
     (tmp_path / "a").mkdir()
     gone = read(corpus.write(tmp_path / "a", corpus.series()))
     drawn = masks(gone)
@@ -142,7 +147,7 @@ def test_what_cannot_be_referred_to_is_refused(tmp_path):
     assert e.value.code == "GRID_MISMATCH" and "(7, 6, 5)" in e.value.message and "(8, 6, 5)" in e.value.message
     for file in gone.info["files"]:
         (tmp_path / "a" / file).unlink()
-    for image, code in ((plain, "NOT_DICOM"), (anonymous, "UNSUPPORTED"), (gone, "NOT_FOUND")):
+    for image, code in ((plain, "NOT_DICOM"), (anonymous, "UNSUPPORTED"), (twice, "UNSUPPORTED"), (gone, "NOT_FOUND")):
         with pytest.raises(MedVLMError) as e:
             save_seg(image, masks(image), tmp_path / "out.seg")
         assert e.value.code == code
@@ -198,3 +203,90 @@ def test_a_report_without_outlines(tmp_path):
     with pytest.raises(MedVLMError) as e:
         sr.save_sr([sr.Read(Image("x", np.zeros((1, 4, 4), np.uint8)), none, {})], tmp_path / "other.sr", ("known", ""))
     assert e.value.code == "NOT_DICOM"
+
+
+def test_a_name_where_a_number_should_be_is_in_no_text(tmp_path, caplog):
+    files = corpus.write(tmp_path, corpus.series(PatientBirthDate="19701332"))
+    corpus.patch(files, b"PN\x08\x00Doe^Jane", b"DS\x08\x00Doe^Jane")
+    image = read(files)
+    caplog.clear()  # of what writing them said
+    with warnings.catch_warnings(record=True) as said, caplog.at_level("DEBUG"):
+        warnings.simplefilter("always")
+        save_seg(image, masks(image), tmp_path / "out.seg")
+    assert not any("Doe" in str(w.message) for w in said) and "Doe" not in caplog.text and "19701332" not in caplog.text
+    stored = pydicom.dcmread(tmp_path / "out.seg")
+    assert (str(stored.PatientName), stored["PatientName"].VR, stored.PatientBirthDate) == ("Doe^Jane", "PN", "")
+
+
+@pytest.mark.parametrize("wrong", [{"SpacingBetweenSlices": 1.25}, {"SliceThickness": None}, {"SliceThickness": ""}, {"SpacingBetweenSlices": 0}])
+def test_the_distance_of_slices_is_measured(wrong, tmp_path):
+    image = read(corpus.write(tmp_path, corpus.series(**wrong)))
+    sparse = np.zeros(image.shape[1:], bool)
+    sparse[2:6:2] = True
+    save_seg(image, {"liver": sparse}, tmp_path / "out.seg")
+    whole = highdicom.seg.segread(tmp_path / "out.seg").get_volume(allow_missing_positions=True, combine_segments=False)
+    assert whole.spacing[0] == pytest.approx(corpus.STEP) and np.array_equal(read_seg(tmp_path / "out.seg", image)[0][1], sparse)
+
+
+def test_rows_that_are_not_at_right_angles_to_columns_are_refused(tmp_path):
+    tilted = read(corpus.write(tmp_path, corpus.series(lean=corpus.LEAN)))
+    cut = tilted.reorient("LSP")
+    with pytest.raises(MedVLMError) as e:
+        save_seg(cut, masks(cut), tmp_path / "out.seg")
+    assert e.value.code == "UNSUPPORTED" and "right angles" in e.value.message
+
+
+def test_nothing_outlined_is_one_frame_and_not_all(tmp_path):
+    image = read(corpus.write(tmp_path, corpus.series()))
+    save_seg(image, {"liver": np.zeros(image.shape[1:], bool), "spleen": np.zeros(image.shape[1:], bool)}, tmp_path / "out.seg")
+    assert pydicom.dcmread(tmp_path / "out.seg").NumberOfFrames <= 2 and not any(m.any() for _, m in read_seg(tmp_path / "out.seg", image))
+
+
+def test_each_phase_of_a_file_refers_to_its_own_frames(tmp_path):
+    file = corpus.enhanced([0.0, 2.5, 5.0, 0.0, 2.5, 5.0], extra=lambda i: {"TemporalPositionIndex": 1 + i // 3})
+    (study,) = read_dicom(corpus.write(tmp_path, [file]), "strict")
+    assert len(study.images) == 2
+    for image in study.images:
+        drawn = masks(image)
+        seg = save_seg(image, drawn, tmp_path / "out.seg")
+        named = {s.ReferencedFrameNumber for f in seg.PerFrameFunctionalGroupsSequence for d in f.DerivationImageSequence for s in d.SourceImageSequence}
+        assert named == set(image.info["frames"]) and len(named) == 3
+        sr.save_sr([sr.Read(image, report(image, drawn), drawn, seg)], tmp_path / "out.sr", ("known", "7"))
+        finding = highdicom.sr.srread(tmp_path / "out.sr").content.get_image_measurement_groups()[0]
+        assert set(finding.source_images[0].referenced_frame_numbers) == named
+
+
+def test_frames_that_each_say_how_they_lie(tmp_path):
+    file = corpus.enhanced(corpus.even(), cosines=corpus.OBLIQUE)
+    shared = file.SharedFunctionalGroupsSequence[0]
+    for frame in file.PerFrameFunctionalGroupsSequence:
+        frame.PixelMeasuresSequence, frame.PlaneOrientationSequence = shared.PixelMeasuresSequence, shared.PlaneOrientationSequence
+    del shared.PixelMeasuresSequence, shared.PlaneOrientationSequence
+    image = read(corpus.write(tmp_path, [file]))
+    drawn = masks(image)
+    save_seg(image, drawn, tmp_path / "out.seg")
+    assert all(np.array_equal(mask, drawn[label]) for label, mask in read_seg(tmp_path / "out.seg", image))
+
+
+def test_words_of_our_own_stay_apart_and_sides_are_kept(tmp_path):
+    image = read(corpus.write(tmp_path, corpus.series()))
+    assert coded("pulmonary edema (cardiogenic)") != coded("pulmonary edema (other)")
+    found = (Finding("left kidney", False, np.float32(0.02)), Finding("right kidney", True, 0.98, (), (Measurement("volume", np.float32(150), "mL"),)))
+    document = highdicom.sr.srread(sr.save_sr([sr.Read(image, Report((), found), {})], tmp_path / "out.sr", ("known", "")))
+    groups = document.content.get_image_measurement_groups()
+    assert [(g.finding_type, g.finding_sites[0].laterality, g.get_qualitative_evaluations()[0].value) for g in groups] == [
+        (codes.SCT.Kidney, codes.SCT.Left, codes.SCT.Absent), (codes.SCT.Kidney, codes.SCT.Right, codes.SCT.Present)]  # fmt: skip
+    assert {m.name.meaning: m.value for m in groups[1].get_measurements()} == {"Certainty of Finding": 98.0, "Volume": 150.0}
+
+
+def test_a_report_is_about_one_study(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    one, other = read(corpus.write(tmp_path / "a", corpus.series())), read(corpus.write(tmp_path / "b", corpus.series(study="other")))
+    with pytest.raises(MedVLMError) as e:
+        sr.save_sr([sr.Read(i, report(i, masks(i)), {}) for i in (one, other)], tmp_path / "out.sr", ("known", ""))
+    assert e.value.code == "UNSUPPORTED" and "several studies" in e.value.message
+    corpus.write(tmp_path / "a", corpus.series(study="other"))
+    with pytest.raises(MedVLMError) as e:
+        save_seg(one, masks(one), tmp_path / "out.seg")
+    assert e.value.code == "NOT_FOUND" and "others than" in e.value.message
