@@ -245,7 +245,7 @@ def train_arguments(parser: Parser) -> None:
     parser.add_argument("--save-minutes", type=float, default=5.0, metavar="M", help="minutes between two saved states (default: 5)")
     parser.add_argument("--shard", action="store_true", help="split the parameters over the processes that torchrun starts (FSDP2)")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images and rows that are bad, and list them in RUN/skipped.jsonl")
-    parser.add_argument("--allow-leaks", action="store_true", help="train although a patient or a picture is in train and in val")
+    parser.add_argument("--allow-leaks", action="store_true", help="train although a patient or a picture is in two of train, val and test")
     parser.add_argument("--device", help="cpu to stay off the GPU, cuda to refuse a machine without one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -81,6 +81,7 @@ class MedVLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MedVLMConfig):
         super().__init__(config)
+        _spelt(config.parts)
         if torch.get_default_device().type == "meta" and (named := [n for n, args in _arguments(config.parts) if "weights" in args]):
             raise ModelError(f"the configuration of a saved model asks for other weights ({', '.join(named)})", "BAD_CHECKPOINT",
                              'remove "weights" from its config.json')  # fmt: skip
@@ -331,6 +332,20 @@ class MedVLM(PreTrainedModel, GenerationMixin):
 def _arguments(parts: Mapping) -> list[tuple[str, dict]]:
     """(part's name, its arguments) of everything a configuration builds."""
     return [(f"{folder}.{name}", part["args"]) for folder, group in parts.items() for name, part in group.items() if part.get("args")]
+
+
+def _spelt(parts: Mapping) -> None:
+    """A misspelt folder would be a model without those parts.
+
+    Raises:
+        ModelError: BAD_RECIPE.
+    """
+    for folder, named in parts.items():
+        if folder not in (*FOLDERS, "language"):
+            raise ModelError(f"a model has no {folder!r}; its parts are: {', '.join((*FOLDERS, 'language'))}", "BAD_RECIPE")
+        for name, part in named.items():
+            if not isinstance(part, Mapping) or "file" not in part or part.keys() - {"file", "args"}:
+                raise ModelError(f"{folder}.{name} is {{'file', 'args'}}, not {{{', '.join(map(repr, part))}}}", "BAD_RECIPE")
 
 
 def build_part(folder: str, file: str, args: Mapping | None = None) -> nn.Module:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from ..errors import MedVLMError, ModelError
+from ..evaluate import labeller
 from ..imaging.scan import Image, Volume
 from ..imaging.seg import read_seg
 from ..sample import Mask, Region, Sample, Turn
@@ -23,8 +26,12 @@ from .checks import blank, leave_out, touch
 KNOWN = {"id", "image", "modality", "split", "patient", "text", "findings", "mask", "boxes", "qa"}
 MODALITIES = {"xray", "ct", "mr", "ct_or_mr", "pet", "nm", "fundus", "pathology", "ultrasound", "endoscopy",
               "dermoscopy", "oct", "other", "unknown"}  # fmt: skip
+REPORTED = ("findings", "impression")
+"""Headings that make a text a report, where the row has no ``sections``."""
 MASK_TYPES = {"binary", "instance", "labelmap", "volume_binary", "volume_labelmap", "dicom_seg"}
 
+PACKED = 1 << 20
+"""Bytes from which on a mask is kept packed."""
 _KINDS = {str: "a string", dict: "an object", list: "a list"}
 
 
@@ -129,7 +136,7 @@ def row_samples(row: dict[str, Any]) -> Iterator[Sample]:
             suffix = mask.label if len(names) == 1 or mask.label == name else f"{name}/{mask.label}"
             yield replace(whole, id=f"{row['id']}/{suffix}", masks=(mask,))
     if row.get("text"):
-        sections = row.get("sections")
+        sections = row.get("sections") or {n: part for n, part in labeller.sections(row["text"]).items() if n in REPORTED}
         yield replace(whole, turns=(Turn("assistant", row["text"]),), meta={**whole.meta, **({"sections": sections} if sections else {})})
     if not (row.get("qa") or names or row.get("text")):
         yield whole
@@ -176,17 +183,41 @@ def read_masks(row: dict[str, Any], image: Image | Volume | None, only: str | No
         try:
             if spec["type"] == "dicom_seg":
                 segments = read_seg(path, image)
-                found += [Mask(image.id, name if len(segments) == 1 else label, array) for label, array in segments]
+                found += [_held(image.id, name if len(segments) == 1 else label, array) for label, array in segments]
                 continue
             array = mask_array(path, image)
         except MedVLMError as error:
             raise ModelError(f"{_at(row)}, mask {name!r}: {error.message}", error.code, error.hint) from error
         if "labelmap" in spec["type"] and spec.get("labels"):
             for label in dict.fromkeys(spec["labels"].values()):
-                found.append(Mask(image.id, label, np.logical_or.reduce([array == int(value) for value, own in spec["labels"].items() if own == label])))
+                found.append(_held(image.id, label, np.logical_or.reduce([array == int(value) for value, own in spec["labels"].items() if own == label])))
         else:
-            found.append(Mask(image.id, name, array > 0, np.unique(array[array > 0]).size if spec["type"] == "instance" else None))
+            found.append(_held(image.id, name, array > 0, np.unique(array[array > 0]).size if spec["type"] == "instance" else None))
     return found
+
+
+class Outline(Mask):
+    """A mask that is drawn whenever it is looked at, and not kept. array: the mask, or what gives it."""
+
+    def __init__(self, image: str, label: str, array: np.ndarray | Callable[[], np.ndarray], count: int | None = None):
+        draw = array if callable(array) else lambda: array
+        for name, value in (("image", image), ("label", label), ("count", count), ("_draw", draw)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def array(self) -> np.ndarray:
+        return self._draw()
+
+
+def _held(image: str, label: str, array: np.ndarray, count: int | None = None) -> Mask:
+    """A mask as it is kept: of a data set of volumes the outlines would fill the memory, packed they are a hundredth."""
+    if array.nbytes < PACKED:
+        return Mask(image, label, array, count)
+    return Outline(image, label, partial(_unpacked, zlib.compress(np.packbits(array), 1), array.shape), count)
+
+
+def _unpacked(held: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(zlib.decompress(held), np.uint8), count=math.prod(shape)).view(bool).reshape(shape)
 
 
 def inside(row: dict[str, Any], what: str, name: str) -> Path:

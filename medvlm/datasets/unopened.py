@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -13,8 +13,8 @@ import numpy as np
 
 from ..errors import MedVLMError, ModelError
 from ..imaging.scan import Image, Lazy, Volume
-from ..sample import Mask, Sample
-from .manifest import mask_array
+from ..sample import Sample
+from .manifest import Outline, mask_array
 
 HINT = "compare it with the data set as its authors publish it"
 
@@ -73,19 +73,6 @@ def unopened(file: Path, id: str, modality: str | None, at: str) -> Image | Volu
         ModelError: BAD_DATASET, once it is looked at, when the file cannot be read or holds several images.
     """
     return (_Scan if file.name.endswith((".nii", ".nii.gz")) else _Picture)(file, id, modality, at)
-
-
-class Outline(Mask):
-    """A mask that is drawn whenever it is looked at, and not kept. array: the mask, or what gives it."""
-
-    def __init__(self, image: str, label: str, array: np.ndarray | Callable[[], np.ndarray], count: int | None = None):
-        draw = array if callable(array) else lambda: array
-        for name, value in (("image", image), ("label", label), ("count", count), ("_draw", draw)):
-            object.__setattr__(self, name, value)
-
-    @property
-    def array(self) -> np.ndarray:
-        return self._draw()
 
 
 def outline(image: Image | Volume, file: Path, value: int, label: str, at: str) -> Outline:

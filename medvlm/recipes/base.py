@@ -145,6 +145,8 @@ def load(name: str) -> Recipe:
                 raise
             fields = [f.name for part in (Stage, Recipe) for f in dataclasses.fields(part)]
             raise ModelError(f"{name}: {error}{_nearest(word.group(1), fields)}", "BAD_RECIPE") from error
+        except (ImportError, SyntaxError, NameError, AttributeError) as error:
+            raise ModelError(f"{name} cannot be run: {type(error).__name__}: {error}", "BAD_RECIPE") from error
         if not isinstance(recipe, Recipe):
             raise ModelError(f"{name} does not define RECIPE = Recipe(...)", "BAD_RECIPE")
         return recipe

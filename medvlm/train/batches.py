@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -200,8 +201,9 @@ class Batches(IterableDataset):
                 twin = bool(lot.random() < self.stage.flip)
                 found = readers[name](position)
                 cases = [c for c in found if c.mirrored == twin] or found  # some have no twin
-                if cases:
-                    drawn.append((cases[int(lot.integers(len(cases)))], lot))
+                drawn.append((cases[int(lot.integers(len(cases)))] if cases else None, lot))
+            good = [case for case, _ in drawn if case is not None]  # all processes hold as many cases, or a contrastive loss could not pair them
+            drawn = [(good[int(lot.integers(len(good)))] if case is None else case, lot) for case, lot in drawn] if good else []
             yield [self._batch(part) for part in _parts(drawn, self.stage.chunk)]
 
     def received(self, sent: Sent) -> list[Batch]:
@@ -228,7 +230,9 @@ def loader(batches: Batches, workers: int) -> Iterator[list[Batch]]:
     """The batches in the order of their steps, made by worker processes, or in this one when workers is 0."""
     if not workers:
         return iter(batches)
-    return map(batches.received, DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_same, prefetch_factor=2))
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise ModelError("worker processes need a system that can fork; this one cannot", "BAD_ARGUMENT", "leave out --workers")
+    return map(batches.received, DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_same, prefetch_factor=2, multiprocessing_context="fork"))
 
 
 def _same(item):

@@ -34,7 +34,10 @@ def save(folder: Path, model, optimizer, state: dict, extra: dict | None = None,
             from torch.distributed.checkpoint.state_dict import get_state_dict
 
             weights, moments = get_state_dict(model, optimizer)
-            dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=fresh / "shards")
+            try:
+                dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=fresh / "shards")
+            except dcp.CheckpointException as error:  # which is no Exception
+                raise RuntimeError("; ".join(str(e) for e, _ in error.failures.values())) from None
         elif chief:
             save_file({k: v.detach().contiguous().clone() for k, v in model.state_dict().items()}, fresh / "model.safetensors")
             torch.save({"optimizer": optimizer.state_dict(), **(extra or {})}, fresh / "optimizer.pt")
@@ -48,7 +51,7 @@ def save(folder: Path, model, optimizer, state: dict, extra: dict | None = None,
         shutil.rmtree(fresh, ignore_errors=True)  # a full disk: what was there before stays
         if isinstance(error, OSError):
             raise
-        full = "os error 28" in str(error) or shutil.disk_usage(folder).free < 1 << 26  # neither library says it as an OSError
+        full = "os error 28" in str(error) or "No space left" in str(error) or shutil.disk_usage(folder).free < 1 << 26  # neither library says it as an OSError
         raise OSError(errno.ENOSPC if full else errno.EIO, f"the state could not be written: {error}") from error
     distributed.wait()
     if chief:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import json
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..datasets import checks, mirror
+from ..datasets import checks, instruct, mirror
 from ..datasets.base import Data, open_data
 from ..errors import MedVLMError, ModelError
 from ..sample import Sample
@@ -39,11 +40,12 @@ class Corpus:
         self.sets = {name: open_data(data, name.partition("/")[0]) for name in self.names}
         self.bad: list[dict] | None = [] if skip_bad else None
         self.no_twin = 0
+        self.kinds: set[str] = set()
         read: dict[str, dict[str, list[list[Sample]]]] = {}
         for name, found in self.sets.items():
             of = name.partition("/")[0]
             if of not in read:
-                read[of] = {s: [] if found.streamed and s == "train" else list(self._groups(found, s)) for s in SPLITS}
+                read[of] = {s: [] if found.streamed and s == "train" else list(self._kept(found, s)) for s in SPLITS}
         if not allow_leaks:
             opened = {name.partition("/")[0]: found for name, found in self.sets.items()}
             splits = {s: itertools.chain.from_iterable([self._seen(found, s, read[of][s]) for of, found in opened.items()]) for s in SPLITS}
@@ -57,6 +59,11 @@ class Corpus:
         bad = self.bad if bad is None else bad
         few = all(adapter is None and not found.streamed and _rows(folder) <= EAGER for folder, adapter in found.folders.values())
         return itertools.chain.from_iterable(found.groups(s, bad, pixels=few) for s in SPLITS[split])
+
+    def _kept(self, found: Data, split: str) -> Iterator[list[Sample]]:
+        """What is held of a split: of shards, whose samples come decoded, no more than a validation looks at."""
+        groups = self._groups(found, split)
+        return itertools.islice(groups, 0, None, max(1, found.count(split) // VAL_IMAGES)) if found.streamed else groups
 
     @staticmethod
     def _seen(found: Data, split: str, groups: list[list[Sample]]) -> Iterator[Sample]:
@@ -84,7 +91,9 @@ class Corpus:
     def sources(self, model, tokenizer, seed: int, readers: int = 1) -> dict[str, Cases | Stream]:
         """What each set's training batches are drawn from; readers: processes times workers."""
         shared = room(readers)
-        return {name: self._source(name, model, tokenizer, seed, shared) for name in self.names}
+        found = {name: self._source(name, model, tokenizer, seed, shared) for name in self.names}
+        self.all_read = all(isinstance(s, Cases) and len(s.groups) <= EAGER for s in found.values())
+        return found
 
     def val(self, model, tokenizer) -> dict[str, Cases]:
         found, shared = {n: self.held[n]["val"] for n in self.names}, room()
@@ -92,6 +101,20 @@ class Corpus:
 
     def val_samples(self) -> list[Sample]:
         return [s for n in self.names for g in self.held[n]["val"] for s in self.recipe.samples(g, n, "val")]
+
+    def refuse_misspelt(self) -> None:
+        """Kinds that a stage weighs and no conversation has; of sets that are read as the steps go that is not known.
+
+        Raises:
+            ModelError: BAD_RECIPE when there is one of nearly that name.
+        """
+        known = {*self.kinds, *instruct.KINDS, "facts", "grounded", "dialogue", "text"}
+        for stage in self.recipe.stages:
+            for kind in stage.kinds.keys() - known if self.all_read else ():
+                if near := difflib.get_close_matches(kind, known, 1, 0.75):
+                    raise ModelError(f"stage {stage.name}: kinds hold {kind!r}, which no conversation is; did you mean {near[0]!r}?", "BAD_RECIPE")
+                if distributed.rank() == 0:
+                    tqdm.write(f"stage {stage.name}: no conversation is of kind {kind!r}; there are {', '.join(sorted(self.kinds))}", file=sys.stderr)
 
     def left_out(self, out: Path) -> None:
         """List what was bad in any process, and count it where there is more than at the last call; all processes call this together.
@@ -118,6 +141,7 @@ class Corpus:
 
         def cases(group: list[Sample]) -> list[Case]:
             samples = list(self.recipe.samples(group, name, split))
+            self.kinds |= {str(s.meta["kind"]) for s in samples if "kind" in s.meta}
             made = prepare(model, tokenizer, samples)
             for case in prepare(model, tokenizer, list(self._mirrored(samples))) if twins else ():
                 case.mirrored = True

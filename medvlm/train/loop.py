@@ -31,6 +31,8 @@ from .data import draw
 
 VAL_CASES = 96
 """Most cases of a data set that a look at val takes in."""
+FREE = {"chunk", "every"}
+"""Fields of a stage that may change while a run goes on: how much is held at a time, how often it is looked at."""
 NOTHING = "nothing"
 """The loss of a part that holds nothing to learn from."""
 GIVE_UP = 20
@@ -113,9 +115,11 @@ def _train(recipe, data, out, resume, seed, device, precision, save_minutes, wor
         raise ModelError("conversations that share a row would leak into each other in this language model", "BAD_RECIPE", "leave pack out of the stages")
 
     sources, val = corpus.sources(model, tokenizer, seed, distributed.world() * max(1, workers)), corpus.val(model, tokenizer)
+    corpus.refuse_misspelt()
     recipe = _counted(recipe, sources)
     if resume:
-        _same_run(out, seed, {n: corpus.sets[n].fingerprint for n in corpus.names})
+        readers = distributed.world() * max(1, workers) if any(found.streamed for found in corpus.sets.values()) else None
+        _same_run(out, recipe, seed, {n: corpus.sets[n].fingerprint for n in corpus.names}, readers)
     if chief:
         facts = {n: {"images": len(sources[n]), "val": len(val[n]), "sha256": corpus.sets[n].fingerprint} for n in corpus.names}
         record.write(out, recipe, facts, {"seed": seed, "precision": precision, "processes": distributed.world(), "workers": workers, "sharded": shard})
@@ -125,6 +129,8 @@ def _train(recipe, data, out, resume, seed, device, precision, save_minutes, wor
 
     last = checkpoint.newest(out / "checkpoints") if resume else None
     state = checkpoint.read_state(last) if last else {"stage": 0, "step": 0}
+    if len({(s["stage"], s["step"]) for s in distributed.gathered([state])}) > 1:
+        raise ModelError(f"the processes do not find the same state in {out}", "BAD_ARGUMENT", "give an --out on a disk that all machines share")
     module = distributed.shard(_Losses(model, {}).to(accelerator.device), model) if shard else None
     if last and not state["step"]:
         checkpoint.restore(last, model)
@@ -161,8 +167,8 @@ def _train(recipe, data, out, resume, seed, device, precision, save_minutes, wor
     return out / "model"
 
 
-def _same_run(out: Path, seed: int, data: dict[str, str]) -> None:
-    """What must not change while a run goes on, or its steps would be no one's."""
+def _same_run(out: Path, recipe, seed: int, data: dict[str, str], readers: int | None) -> None:
+    """What must not change while a run goes on, or its steps would be no one's. readers: of shards, each of which reads its own."""
     try:
         before = json.loads((out / "recipe.json").read_text())
     except OSError:
@@ -171,6 +177,19 @@ def _same_run(out: Path, seed: int, data: dict[str, str]) -> None:
         raise ModelError(f"the run was begun with seed {before['seed']}, not {seed}", "BAD_ARGUMENT", f"go on with --seed {before['seed']}")
     if changed := [n for n, mark in data.items() if before["data"].get(n, {}).get("sha256", mark) != mark]:
         raise ModelError(f"the data of {', '.join(changed)} have changed since the run was begun", "DATA_DIFFER", "go on with the data of the run, or begin another --out")
+    now = json.loads(json.dumps({"args": dict(recipe.args), "stages": [dataclasses.asdict(s) for s in recipe.stages]}))
+    names = [s["name"] for s in before["stages"]]
+    if names != [s["name"] for s in now["stages"]]:
+        raise ModelError(f"the run was begun with the stages {', '.join(names)}, not {', '.join(s['name'] for s in now['stages'])}", "BAD_ARGUMENT", "go on with the recipe of the run")
+    pairs = [("args", before["args"], now["args"]), *((f"stages.{n}", a, b) for n, a, b in zip(names, before["stages"], now["stages"]))]
+    for where, a, b in pairs:
+        for key in a.keys() | b.keys() if where == "args" else a.keys() & b.keys() - FREE:
+            if a.get(key) != b.get(key):
+                raise ModelError(f"the run was begun with {where}.{key}={json.dumps(a.get(key))}, not {json.dumps(b.get(key))}", "BAD_ARGUMENT",
+                                 "give --set and --scale as when it was begun, or begin another --out")  # fmt: skip
+    held = before["processes"] * max(1, before["workers"])
+    if readers not in (None, held):
+        raise ModelError(f"the run was begun with {held} readers of its shards (processes times workers), not {readers}", "BAD_ARGUMENT", "go on with as many, or begin another --out")
 
 
 def fast_bf16(device: str | None = None) -> bool:
@@ -358,6 +377,8 @@ class _Stage:
         whole = dict(zip(counts[0], distributed.total(*(sum(c[k] for c in counts) for k in counts[0]))))
         share = [{k: c[k] * distributed.world() / max(whole[k], 1.0) for k in c} for c in counts]
         self.refuse_misspelt({k for _, k in whole})
+        if self.sharded:
+            self.refuse_unlike(parts)
         logged: dict[str, float] = defaultdict(float)
         order = {id(part): i for i, part in enumerate(parts)}
 
@@ -402,6 +423,15 @@ class _Stage:
             losses = counted | {n for n, f in self.found.items() if hasattr(f, "vectors")}
             if unknown := [k for k in self.stage.weights if k not in losses]:
                 raise ModelError(f"stage {self.stage.name}: weights hold {unknown[0]!r}, but its losses are {', '.join(sorted(losses))}", "BAD_RECIPE")
+            if self.stage.watch not in ("loss", *losses):
+                raise ModelError(f"stage {self.stage.name} watches {self.stage.watch!r}, but its losses are {', '.join(sorted(losses))}", "BAD_RECIPE")
+
+    def refuse_unlike(self, parts: list[Batch]) -> None:
+        """Processes that split parameters go through the same parts of the model together; one that passed over a part would leave the others waiting."""
+        kinds = [(len(part.ids) > 0, sorted(part.images)) for part in parts]
+        if any(other != kinds for other in distributed.gathered([kinds])):
+            raise ModelError(f"stage {self.stage.name}: in one step the processes see different kinds of data (text or none, other encoders, or fewer images)", "BAD_RECIPE",
+                             "leave out --shard, or mix only sets of one kind of image, all with text or all without")  # fmt: skip
 
     def apart(self):
         """Where a part's gradients are not yet added up over the processes."""

@@ -204,7 +204,10 @@ def _groups(head, target: Tensor) -> tuple[dict[str, tuple[Tensor, Tensor]], Ten
 
 
 def _known(model: MedVLM, batch: Batch) -> dict[str, int]:
-    groups, sure = _groups(model.heads["classify"], batch.targets["labels"])
+    head = model.heads["classify"]
+    if not len(batch.targets["labels"]):  # text alone
+        return {g[0].split(":")[0]: 0 for g in head.groups} | {"labels": 0}
+    groups, sure = _groups(head, batch.targets["labels"])
     return {name: int(told.sum()) for name, (_, told) in groups.items()} | {"labels": int(sure.sum())}
 
 

@@ -56,7 +56,11 @@ class Log:
     """``log.jsonl``, and tensorboard's event files where it is installed."""
 
     def __init__(self, out: Path, active: bool = True):
-        self.file = (out / "log.jsonl").open("a") if active else None
+        self.file = (out / "log.jsonl").open("a+") if active else None
+        if self.file is not None and self.file.tell():
+            self.file.seek(self.file.tell() - 1)
+            if self.file.read(1) != "\n":  # a kill tore the last line
+                self.file.write("\n")
         self.board = _board(out) if active else None
         self.steps: dict[str, int] = {}
 

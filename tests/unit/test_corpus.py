@@ -296,3 +296,36 @@ def test_a_look_at_val_takes_some_cases_of_each_set(root, monkeypatch):
     of = {name: [id(c) for c in val[name].all()] for name in stage.data}
     assert len(every) == sum(map(len, of.values())) > len(some) == sum(min(1, len(c)) for c in of.values())
     assert [id(c) for c in some] == [id(c) for c in look()] and {id(c) for c in some} <= {id(c) for c in every}
+
+
+def test_of_val_shards_no_more_is_held_than_a_look_takes_in(tmp_path, monkeypatch):
+    drawn.write(tmp_path / "plain", 12)
+    lines = [r | {"split": "val" if i % 4 else "train"} for i, r in enumerate(rows(tmp_path / "plain"))]
+    (tmp_path / "plain/drawn/manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    shards.write(tmp_path / "plain/drawn", tmp_path / "data/drawn", quiet=True)
+    monkeypatch.setattr("medvlm.train.corpus.VAL_IMAGES", 3)
+    assert len(Corpus(drawn.RECIPE, tmp_path / "data").held["drawn"]["val"]) == 3
+    assert len(Corpus(drawn.RECIPE, tmp_path / "plain").held["drawn"]["val"]) == 9
+
+
+def test_processes_hold_as_many_cases_though_some_images_are_bad(root):
+    """Of shards that are read as the steps go a bad one is made good by another of the step, the same whoever asks again."""
+    tokenizer = tiny.tokenizer()
+    corpus = Corpus(drawn.RECIPE, root)
+    good = corpus.sources(tiny.model(tokenizer), tokenizer, 0)["drawn"]
+
+    class Holed:
+        bad: list = []
+
+        def __len__(self):
+            return 8
+
+        def reader(self, seed, part):
+            real = good.reader(seed, part)
+            return lambda position: [] if position % 3 == 0 else real(position)
+
+    stage = replace(drawn.RECIPE.stages[0], steps=4, batch=6)
+    found = [[len(p.images["picture"]) for step in Batches(stage, (0, 0), {"drawn": Holed()}, tokenizer, 0, r, 2) for p in step] for r in range(2)]
+    assert found == [[3, 3, 3, 3]] * 2
+    whole, late = (list(Batches(stage, (0, 0), {"drawn": Holed()}, tokenizer, start)) for start in (0, 2))
+    assert all(torch.equal(a[0].images["picture"], b[0].images["picture"]) for a, b in zip(whole[2:], late))

@@ -140,3 +140,19 @@ def test_fsdp_that_accelerate_would_ignore_is_refused(root, tmp_path, monkeypatc
     with pytest.raises(MedVLMError) as e:
         train(drawn.RECIPE, root, tmp_path / "run", device="cpu", precision="no", shard=True)
     assert e.value.code == "NOT_DISTRIBUTED" and "torchrun" in e.value.hint
+
+
+def test_unlike_parts_of_split_processes_are_refused(monkeypatch):
+    from types import SimpleNamespace
+
+    from medvlm.train import distributed, loop
+
+    stage = SimpleNamespace(stage=SimpleNamespace(name="tune"))
+    part = SimpleNamespace(ids=torch.zeros(2, 3), images={"picture": None})
+    monkeypatch.setattr(distributed, "gathered", lambda mine: [*mine, *mine])
+    loop._Stage.refuse_unlike(stage, [part])
+    for other in ([], [(False, ["picture"])], [(True, [])], [(True, ["picture"]), (True, ["picture"])]):
+        monkeypatch.setattr(distributed, "gathered", lambda mine, other=other: [*mine, other])
+        with pytest.raises(MedVLMError) as e:
+            loop._Stage.refuse_unlike(stage, [part])
+        assert e.value.code == "BAD_RECIPE" and "--shard" in e.value.hint

@@ -12,6 +12,7 @@ from medvlm.datasets import manifest
 from medvlm.errors import MedVLMError
 from medvlm.imaging.scan import Volume
 from medvlm.imaging.study import read
+from medvlm.sample import Mask
 
 
 def png(path, array):
@@ -294,3 +295,19 @@ def test_masks_of_every_set_lie_on_their_images(data):
                 assert masks and all(m.array.shape == image.shape[1:] for m in masks) and any(m.array.any() for m in masks), row["id"]
     assert len(seen) >= 6
     assert read(data / "vol_totalseg").images
+
+
+def test_a_text_with_headings_is_a_report(tmp_path):
+    lines = [{"id": "a", "image": None, "modality": "ct", "text": "FINDINGS: No mass.\nIMPRESSION: Normal."}, {"id": "b", "image": None, "modality": "ct", "text": "A CT of the chest."}]
+    (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    report, caption = (next(manifest.row_samples(r)) for r in manifest.rows(tmp_path))
+    assert report.meta["sections"] == {"findings": "No mass.", "impression": "Normal."} and "sections" not in caption.meta
+
+
+def test_large_masks_are_kept_packed():
+    lot = np.random.default_rng(0)
+    array = lot.random((130, 101, 97)) < 0.01
+    held = manifest._held("ct-1", "tumour", array, 3)
+    assert np.array_equal(held.array, array) and held.array.dtype == bool and (held.label, held.count) == ("tumour", 3)
+    assert isinstance(held, manifest.Outline) and len(held._draw.args[0]) < array.nbytes / 8
+    assert type(manifest._held("ct-1", "tumour", array[:2])) is Mask

@@ -170,3 +170,51 @@ def test_out_of_memory_says_what_to_lower(root, tmp_path, monkeypatch, error):
     with pytest.raises(RuntimeError, match="something else"):
         error = RuntimeError("something else")
         train(drawn.RECIPE, root, tmp_path / "other", device="cpu", precision="no")
+
+
+def test_a_run_goes_on_with_its_own_recipe_only(root, tmp_path):
+    given = {"device": "cpu", "precision": "no"}
+    train(override(drawn.RECIPE, SETTINGS), root, tmp_path / "run", **given)
+    record_before = (tmp_path / "run/recipe.json").read_text()
+    for more, says in ((["stages.see.lr=7"], "stages.see.lr=0.002, not 7"), (["args.width=64"], "args.width=null, not 64"), (['stages.speak.kinds={"asked": 2}'], "stages.speak.kinds")):
+        with pytest.raises(MedVLMError) as e:
+            train(override(drawn.RECIPE, SETTINGS + more), root, tmp_path / "run", resume=True, **given)
+        assert e.value.code == "BAD_ARGUMENT" and says in e.value.message and (tmp_path / "run/recipe.json").read_text() == record_before
+    with pytest.raises(MedVLMError) as e:
+        train(replace(drawn.RECIPE, stages=drawn.RECIPE.stages[:1]), root, tmp_path / "run", resume=True, **given)
+    assert "see, speak" in e.value.message
+    train(override(drawn.RECIPE, SETTINGS + ["stages.see.chunk=1", "stages.see.every=3"]), root, tmp_path / "run", resume=True, **given)
+
+
+def test_shards_go_on_with_as_many_readers(root, tmp_path):
+    from medvlm.datasets import shards
+
+    shards.write(root / "drawn", tmp_path / "data/drawn", entries=2, quiet=True)
+    given = {"device": "cpu", "precision": "no"}
+    train(drawn.RECIPE, tmp_path / "data", tmp_path / "run", workers=2, **given)
+    with pytest.raises(MedVLMError) as e:
+        train(drawn.RECIPE, tmp_path / "data", tmp_path / "run", resume=True, **given)
+    assert e.value.code == "BAD_ARGUMENT" and "2 readers" in e.value.message and "not 1" in e.value.message
+    train(drawn.RECIPE, tmp_path / "data", tmp_path / "run", resume=True, workers=2, **given)
+
+
+def test_a_full_disk_under_split_parameters_has_a_name_too(tmp_path, monkeypatch):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict
+
+    def full(*args, **more):
+        raise dcp.CheckpointException("CheckpointException ranks", {0: (OSError(errno.ENOSPC, "No space left on device"), None)})
+
+    monkeypatch.setattr(dcp, "save", full)
+    monkeypatch.setattr(state_dict, "get_state_dict", lambda *_: ({}, {}))
+    with pytest.raises(OSError) as e:
+        checkpoint.save(tmp_path, None, None, {}, sharded=True)
+    assert e.value.errno == errno.ENOSPC and not (tmp_path / "last.new").exists()
+
+
+def test_a_log_whose_last_line_was_torn_goes_on_below_it(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"stage": "a", "step": 1, "split": "train"}\n{"stage": "a", "st')
+    log = record.Log(tmp_path)
+    log.write("a", 3, "train", loss=1.0)
+    log.close()
+    assert [x["step"] for x in record.lines(tmp_path)] == [1, 3]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -24,11 +25,11 @@ from medvlm.predictors import load as load_model
 from medvlm.preprocess import to_tensor
 from medvlm.recipes.base import load, override
 from medvlm.sample import Mask, Sample, Turn
-from medvlm.train import checkpoint, objectives
+from medvlm.train import checkpoint, loop, objectives
 from medvlm.train.data import draw, prepare
 from medvlm.train.loop import train
 from medvlm.train.optim import schedule
-from medvlm.vlm import Output
+from medvlm.vlm import MedVLM, Output
 
 RECIPE = drawn.RECIPE
 
@@ -82,8 +83,6 @@ def test_only_what_a_stage_names_learns(whole, root, tmp_path):
     one = replace(RECIPE, stages=(replace(RECIPE.stages[1], train=("heads.mask.speak.*", "projectors.picture.layers.1.*"), objective="lm+mask"),))
     run(root, tmp_path / "one", one)
     torch.manual_seed(0)
-    from medvlm.vlm import MedVLM
-
     before = {k: v.clone() for k, v in MedVLM(drawn.config(tiny.tokenizer())).state_dict().items()}
     after = weights(tmp_path / "one")
     moved = {n for n, p in before.items() if not torch.equal(p, after[n])}  # and no running statistics
@@ -378,3 +377,113 @@ def test_prompts_lie_on_their_target():
         boxes, points = objectives.box_prompts(target), objectives.point_prompts(target)
         assert (boxes[0] - torch.tensor([[5.0, 20.0], [9.0, 30.0]])).abs().max() <= 0.5 and boxes[2].abs().max() <= 34
         assert 5 <= points[0, 0, 0] < 9 and 20 <= points[0, 0, 1] < 30 and points[1, 0].tolist() == [12, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"kinds": {"segmnt": 2.0}}, "did you mean 'segment'?"),
+        ({"watch": "dense_loss"}, "watches 'dense_loss'"),
+    ],
+)
+def test_a_misspelt_word_of_a_stage_ends_the_run_before_it_learns(root, tmp_path, change, says):
+    with pytest.raises(MedVLMError) as e:
+        run(root, tmp_path / "run", replace(RECIPE, stages=(replace(RECIPE.stages[0], **change),)))
+    assert e.value.code == "BAD_RECIPE" and says in e.value.message
+
+
+def test_a_kind_that_the_data_lack_is_said(root, tmp_path, capsys):
+    run(root, tmp_path / "run", replace(RECIPE, stages=(replace(RECIPE.stages[0], steps=1, kinds={"haiku": 2.0}),)))
+    assert "no conversation is of kind 'haiku'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda parts: parts.update(projector=parts.pop("projectors")), "a model has no 'projector'"),
+        (lambda parts: parts["encoders"]["picture"].update(arg={}), "encoders.picture is {'file', 'args'}"),
+        (lambda parts: parts["heads"]["classify"].pop("file"), "heads.classify is {'file', 'args'}"),
+    ],
+)
+def test_a_misspelt_part_is_no_model_without_it(change, says):
+    config = drawn.config(tiny.tokenizer())
+    change(config.parts)
+    with pytest.raises(MedVLMError) as e:
+        MedVLM(config)
+    assert e.value.code == "BAD_RECIPE" and says in e.value.message
+
+
+def test_a_recipe_file_that_cannot_run_is_its_own_fault(tmp_path):
+    for text, says in (("import medvlm.recipies", "recipies"), ("RECIPE = Recipe()", "Recipe"), ("def (", "invalid syntax")):
+        (tmp_path / "mine.py").write_text(text)
+        with pytest.raises(MedVLMError) as e:
+            load(str(tmp_path / "mine.py"))
+        assert e.value.code == "BAD_RECIPE" and says in e.value.message and "mine.py" in e.value.message
+
+
+def test_a_stage_whose_val_does_not_fall_stops_with_its_best_weights(root, tmp_path, monkeypatch):
+    """Val rises after the second look; patience of two: it stops after the fourth, with the weights of the second."""
+    looks, kept = iter([3.0, 2.0, 2.5, 2.4, 1.0, 1.0]), {}
+
+    def validate(self):
+        kept[len(kept) + 1] = {k: v.clone() for k, v in self.model.state_dict().items()}
+        return {"lm": next(looks)}
+
+    monkeypatch.setattr(loop._Stage, "validate", validate)
+    run(root, tmp_path / "run", replace(RECIPE, stages=(replace(RECIPE.stages[0], steps=12, every=2, patience=2, watch="lm"),)))
+    assert len(kept) == 4 and max(x["step"] for x in map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())) == 8
+    last = weights(tmp_path / "run")
+    assert all(torch.equal(last[k], v) for k, v in kept[2].items()) and not all(torch.equal(last[k], v) for k, v in kept[4].items())
+
+
+def test_a_step_without_a_finite_gradient_is_passed_over_and_counted(root, tmp_path, monkeypatch):
+    real, calls = objectives.lm, iter(range(1000))
+
+    def broken(model, batch, out):
+        losses = real(model, batch, out)
+        return {k: v * float("nan") if next(calls) == 1 else v for k, v in losses.items()}
+
+    monkeypatch.setattr(objectives, "find", lambda names, options=None: {"lm": broken})
+    stage = replace(RECIPE.stages[1], steps=4, train=("lm.*",))
+    run(root, tmp_path / "run", replace(RECIPE, stages=(stage,)))
+    (line,) = [x for x in map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines()) if x["split"] == "train"]
+    assert line["skipped"] == 1 and all(v.isfinite().all() for v in weights(tmp_path / "run").values())
+    monkeypatch.setattr(objectives, "find", lambda names, options=None: {"lm": lambda m, b, o: {"lm": real(m, b, o)["lm"] * float("nan")}})
+    with pytest.raises(MedVLMError) as e:
+        run(root, tmp_path / "never", replace(RECIPE, stages=(replace(stage, steps=loop.GIVE_UP + 5),)))
+    assert e.value.code == "BAD_RECIPE" and "not finite 20 times" in e.value.message
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, drawn.CONTRAST], ids=["lm+classify", "clip"])
+def test_steps_in_chunks_are_the_steps_at_once(root, tmp_path, recipe):
+    """Losses are means over what each part holds; the towers here have no statistics over the batch, or they are frozen."""
+    change = {"objective": "lm+classify", "train": {"*": 1.0, "encoders.*": 0.0}} if recipe is RECIPE else {}
+    stage = replace(recipe.stages[0], steps=3, batch=6, augment=0.0, **change)
+    for name, chunk in (("whole", None), ("parts", 2)):
+        run(root, tmp_path / name, replace(recipe, stages=(replace(stage, chunk=chunk),)))
+    told = [[{k: v for k, v in json.loads(x).items() if k in ("lm", "modality", "labels", "clip")} for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("whole", "parts")]
+    assert all(a == pytest.approx(b, abs=2e-4) and a for a, b in zip(*told))  # of the third step and of val: the gradients before were the same
+
+
+def test_a_part_without_pictures_knows_no_labels():
+    tokenizer = tiny.tokenizer()
+    model = tiny.model(tokenizer)
+    text = [Sample(f"t{i}", turns=(Turn("user", "What is CT?"), Turn("assistant", "A scan.")), meta={"row": str(i), "kind": "text"}) for i in range(2)]
+    batch = draw(prepare(model, tokenizer, text), tokenizer, lots(0))
+    assert objectives._known(model, batch) == {"modality": 0, "labels": 0} and objectives.classify(model, batch, Output(features={})) == {}
+
+
+def test_the_guides_recipe_and_row_teach_what_they_say(tmp_path):
+    """docs/train-your-own.md: its recipe loads, and its row is asked, its findings and its report learnt."""
+    guide = (Path(__file__).parents[2] / "docs/train-your-own.md").read_text()
+    blocks = re.findall(r"```(json|python)\n(.*?)```", guide, re.DOTALL)
+    (tmp_path / "my_ct.py").write_text(next(text for kind, text in blocks if kind == "python"))
+    row = json.loads(next(text for kind, text in blocks if kind == "json")) | {"image": "image.nii.gz", "mask": None}
+    import nibabel
+
+    nibabel.save(nibabel.Nifti1Image(np.zeros((8, 8, 4), np.int16), np.eye(4)), tmp_path / "image.nii.gz")
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(row))
+    (group,) = open_data(tmp_path.parent, tmp_path.name).groups("train")
+    found = list(load(str(tmp_path / "my_ct.py")).samples(group, "mine", "train"))
+    assert {s.meta["kind"] for s in found} == {"asked", "finding", "report"}
+    assert next(s.answer for s in found if s.meta["kind"] == "report").startswith("FINDINGS: No pleural effusion.")
