@@ -30,6 +30,8 @@ from .contrastive import clip_loss, siglip_loss, soft_loss
 from .mask_losses import focal_loss, tversky_loss
 from .savers import answer_loss
 
+WORDS = 4096
+"""Columns into which the tokens of reports are counted to say how alike two are; of a larger vocabulary some share one."""
 CLICKED = 8
 """Masks of a batch that are drawn again from a point or a box."""
 
@@ -242,9 +244,16 @@ def vectors(model: MedVLM, batch: Batch, out: Output) -> tuple[Tensor, Tensor]:
     return pooled.float(), head.text(model.encoders["text"](caption["ids"], caption["attention"])).float()
 
 
-def _pair_labels(batch: Batch) -> Tensor:
+def _pair_labels(batch: Batch, alike: str = "findings") -> Tensor:
+    """What says how alike the pairs of a batch are, a row each: their findings, or which words their captions hold."""
     if "text" not in batch.targets:
         raise ModelError("a contrastive objective met a batch without captions", "BAD_RECIPE", "its data sets need conversations of kind caption, report or facts")
+    if alike == "words":
+        told = batch.targets["text"]
+        held = torch.zeros(len(told["ids"]), WORDS, device=told["ids"].device)
+        return held.scatter_add_(1, told["ids"] % WORDS, told["attention"].float()).clamp_(max=1)
+    if alike != "findings":
+        raise ModelError(f"pairs are alike by findings or by words, not by {alike!r}", "BAD_RECIPE")
     return batch.targets["labels"][batch.targets["text"]["image"]]
 
 
@@ -274,9 +283,10 @@ def siglip(model: MedVLM, batch: Batch, out: Output, tile: int | None = None) ->
 
 
 @parts.carries(vectors=vectors, labels=_pair_labels, between=_soft)
-def soft(model: MedVLM, batch: Batch, out: Output, tile: int | None = None, temperature: float | None = None) -> dict[str, Tensor]:
-    """As :func:`clip`, with targets spread over cases with like labels, batch.targets["labels"] (:func:`soft_loss`)."""
-    return _soft(model, *vectors(model, batch, out), _pair_labels(batch), tile, temperature)
+def soft(model: MedVLM, batch: Batch, out: Output, tile: int | None = None, temperature: float | None = None, alike: str = "findings") -> dict[str, Tensor]:
+    """As :func:`clip`, with targets spread over like cases (:func:`soft_loss`): by their labels, batch.targets["labels"], or, with
+    ``alike="words"``, by the tokens that their reports share."""
+    return _soft(model, *vectors(model, batch, out), _pair_labels(batch, alike), tile, temperature)
 
 
 def _places(model: MedVLM, batch: Batch) -> dict[str, int]:
@@ -396,7 +406,8 @@ def _with(objective, name: str, options: Mapping[str, Any]):
         raise ModelError(f"objective {name} takes no {unknown[0]!r}; it takes: {', '.join(takes) or 'no options'}", "BAD_RECIPE")
     made = functools.partial(objective, **options)
     for attribute, value in vars(objective).items():
-        setattr(made, attribute, functools.partial(value, **options) if attribute == "between" else value)
+        mine = {k: v for k, v in options.items() if k in inspect.signature(value).parameters} if attribute in ("between", "labels") else {}
+        setattr(made, attribute, functools.partial(value, **mine) if mine else value)
     return made
 
 

@@ -454,15 +454,36 @@ def test_a_step_without_a_finite_gradient_is_passed_over_and_counted(root, tmp_p
     assert e.value.code == "BAD_RECIPE" and "not finite 20 times" in e.value.message
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, drawn.CONTRAST], ids=["lm+classify", "clip"])
+SOFT = replace(drawn.CONTRAST, stages=(replace(drawn.CONTRAST.stages[0], objective="soft", options={"soft": {"alike": "words", "temperature": 0.5}}),))
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, drawn.CONTRAST, SOFT], ids=["lm+classify", "clip", "soft"])
 def test_steps_in_chunks_are_the_steps_at_once(root, tmp_path, recipe):
     """Losses are means over what each part holds; the towers here have no statistics over the batch, or they are frozen."""
     change = {"objective": "lm+classify", "train": {"*": 1.0, "encoders.*": 0.0}} if recipe is RECIPE else {}
     stage = replace(recipe.stages[0], steps=3, batch=6, augment=0.0, **change)
     for name, chunk in (("whole", None), ("parts", 2)):
         run(root, tmp_path / name, replace(recipe, stages=(replace(stage, chunk=chunk),)))
-    told = [[{k: v for k, v in json.loads(x).items() if k in ("lm", "modality", "labels", "clip")} for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("whole", "parts")]
+    told = [[{k: v for k, v in json.loads(x).items() if k in ("lm", "modality", "labels", "clip", "soft")} for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("whole", "parts")]
     assert all(a == pytest.approx(b, abs=2e-4) and a for a, b in zip(*told))  # of the third step and of val: the gradients before were the same
+
+
+def test_reports_are_alike_by_the_words_they_share():
+    ids = torch.tensor([[5, 7, 7, 9], [5, 7, 11, 0], [13, 0, 0, 0]])
+    batch = Batch(*(torch.zeros(0, 0),) * 3, {}, targets={"text": {"ids": ids, "attention": (ids > 0).long()}, "labels": torch.zeros(3, 1)})
+    rows = objectives._pair_labels(batch, "words")
+    # {5, 7, 9} and {5, 7, 11} share two of three: cosine 2 / 3; the third shares none
+    torch.testing.assert_close(torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1), torch.tensor([[1, 2 / 3, 0], [2 / 3, 1, 0], [0, 0, 1.0]]))
+    with pytest.raises(MedVLMError, match="not by 'sound'"):
+        objectives._pair_labels(batch, "sound")
+
+
+def test_bf16_steps_learn_in_full_precision_weights(root, whole, tmp_path):
+    train(RECIPE, root, tmp_path / "run", device="cpu", precision="bf16")
+    (told, exact) = ([json.loads(x) for x in (run / "log.jsonl").read_text().splitlines()] for run in (tmp_path / "run", whole))
+    assert all(v.dtype == torch.float32 for k, v in weights(tmp_path / "run").items() if k.startswith("lm."))
+    assert told[0]["lm"] == pytest.approx(exact[0]["lm"], rel=0.02) and told[0]["lm"] != exact[0]["lm"]
+    assert json.loads((tmp_path / "run/recipe.json").read_text())["precision"] == "bf16"
 
 
 def test_a_part_without_pictures_knows_no_labels():
