@@ -76,7 +76,7 @@ RECIPE = Recipe(
     tokenizer=towers.vocabulary,
     stages=(
         Stage("joint", "lm+mask", ("*",), {"xray_covid": 3.0, "xray_covid/outlined": 4.0, "fundus_chase": 1.0, "path_dsb_nuclei": 2.0}, lr=1e-3,
-              steps=200, batch=8, turns=3, kinds=KINDS, warmup=20),
+              steps=600, batch=8, turns=3, kinds=KINDS, warmup=20),
     ),
     tasks=("segment", "vqa"),
     scales={"paper": (  # InternVL2.5-1B's two parts; 8 GPUs of 4 cases, 4 times accumulated; both encoders frozen
