@@ -158,7 +158,7 @@ def save_seg(image: Image | Volume, masks: Mapping[str, np.ndarray], path: str |
 
 def _made(image: Image | Volume, affine: np.ndarray | None, masks: Mapping[str, np.ndarray], heads: list[Any], model: tuple[str, str]) -> Any:
     import highdicom
-    from highdicom.seg import SegmentDescription, Segmentation
+    from highdicom.seg import Segmentation, SegmentDescription
     from pydicom.sr.codedict import codes
 
     array = np.stack([np.asarray(m, bool) for m in masks.values()], -1).astype(np.uint8)
