@@ -21,14 +21,14 @@ def prepare(read: Callable[[str], list[Sample]], split: str) -> list[Sample]:
     for s in read(split):
         if len(s.images) == 1:
             rows.setdefault((s.meta.get("dataset"), str(s.meta.get("row", s.id))), []).append(s)
-    found = []
+    found, several = [], len({name for name, _ in rows}) > 1
     for (name, ident), row in rows.items():
         for group in sliced(row):
             made = next(instruct.conversations(group, kinds=("facts",)), None)
             if made is not None:
                 about = {**made.meta, **({"dataset": name} if name else {}), "modality": next(iter(made.images.values())).modality}
                 whose = made.patient or ident  # slices of one volume are drawn together
-                found.append(replace(made, verb="embed", patient=whose, turns=(Turn("assistant", made.answer),), meta=about))
+                found.append(replace(made, id=f"{name}/{made.id}" if several else made.id, verb="embed", patient=whose, turns=(Turn("assistant", made.answer),), meta=about))
     return found
 
 

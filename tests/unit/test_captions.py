@@ -128,3 +128,9 @@ def test_every_image_set_gets_captions_and_no_note_is_one(data, name):
     notes = {row["text"] for row in rows if row.get("text")}
     assert len(made) == len(rows) * (6 if name.startswith("vol") else 1) and not notes & {s.answer for s in made}
     assert len({s.id for s in made}) == len(made) and all(s.verb == "embed" and not s.question for s in made)
+
+
+def test_sets_that_name_their_rows_alike_are_told_apart():
+    both = [sample(picture("mr"), row="mr-1", dataset=name) for name in ("a", "b")]
+    (one, other), (alone,) = (retrieve_facts.prepare(lambda split, held=held: held, "val") for held in (both, both[:1]))
+    assert (one.id, other.id) == (f"a/{alone.id}", f"b/{alone.id}")
