@@ -51,8 +51,7 @@ def siglip_loss(image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor
     with torch.autocast(image.device.type, enabled=False):
         image, text = _pairs(image, text, tile)
         texts, image, bias = gathered(text), scale * image, torch.as_tensor(bias).to(image)
-        sums = torch.cat([_Softplus.apply(pictures, texts, bias) for pictures in image.split(tile or len(image))])
-        return (sums - ((image * text).sum(1) + bias)).mean()  # softplus(-z) = softplus(z) - z
+        return (_Softplus.apply(image, texts, bias, tile or len(image)) - ((image * text).sum(1) + bias)).mean()  # softplus(-z) = softplus(z) - z
 
 
 def soft_loss(image: Tensor, text: Tensor, scale: Tensor | float, labels: Tensor, tile: int | None = None, temperature: float | None = None) -> Tensor:
@@ -100,64 +99,90 @@ def soft_loss(image: Tensor, text: Tensor, scale: Tensor | float, labels: Tensor
 def _softmax_loss(image: Tensor, text: Tensor, scale: Tensor | float, tile: int | None, share: Callable | None = None, about: tuple[Tensor, ...] = ()) -> Tensor:
     """share(*tile of about) -> (t, N), what each pair of a picture and a text weighs; None: 1 for a picture's own, 0 for others."""
     texts, image = gathered(text), scale * image
-    over_texts, over_pictures = zip(*(_LogSums.apply(pictures, texts) for pictures in image.split(tile or len(image))))
-    over_pictures = gathered(torch.stack(over_pictures).logsumexp(0)[None]).logsumexp(0)
+    over_texts, over_pictures = _LogSums.apply(image, texts, tile or len(image))
+    over_pictures = gathered(over_pictures[None]).logsumexp(0)
     own = over_pictures[_rank() * len(text) :][: len(text)]
     if share is None:
         right = (image * text).sum(1)
     else:
         right = torch.cat(_tiles(lambda pictures, *some: (pictures * (share(*some) @ texts)).sum(1), tile, image, *about))
-    return ((torch.cat(over_texts) + own) / 2 - right).mean()
+    return ((over_texts + own) / 2 - right).mean()
+
+
+def _logits(pictures: Tensor, texts: Tensor, tile: int) -> Iterator[tuple[slice, Tensor]]:
+    """(which pictures, their logits) for ``tile`` pictures at a time, all in the same memory."""
+    held = pictures.new_empty(min(tile, len(pictures)), len(texts))
+    for start in range(0, len(pictures), tile):
+        part = slice(start, min(start + tile, len(pictures)))
+        yield part, torch.mm(pictures[part], texts.T, out=held[: part.stop - part.start])
 
 
 class _LogSums(torch.autograd.Function):
-    """Pictures (t, D) and texts (N, D) -> log-sum-exp of the logits of each picture (t,) and of each text over these pictures (N,).
+    """Pictures (n, D), texts (N, D), tile -> log-sum-exp of the logits of each picture (n,) and of each text (N,).
 
     One exponential serves both directions wherever no row or column lies so far below the greatest logit that it would
     vanish. The logits are computed again for the gradient.
     """
 
     @staticmethod
-    def forward(ctx, pictures: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        logits = pictures @ texts.T
-        rows, columns = logits.amax(1), logits.amax(0)
-        most = rows.max()
-        if most - torch.minimum(rows.min(), columns.min()) < DEEP:
-            grown = logits.sub_(most).exp_()
-            rows, columns = grown.sum(1).log_().add_(most), grown.sum(0).log_().add_(most)
-        else:
-            rows, columns = logits.logsumexp(1), logits.logsumexp(0)
+    def forward(ctx, pictures: Tensor, texts: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+        rows, columns = pictures.new_empty(len(pictures)), []
+        for part, logits in _logits(pictures, texts, tile):
+            highest, tallest = logits.amax(1), logits.amax(0)
+            most = highest.max()
+            if most - torch.minimum(highest.min(), tallest.min()) < DEEP:
+                grown = logits.sub_(most).exp_()
+                rows[part] = grown.sum(1).log_().add_(most)
+                columns.append(grown.sum(0).log_().add_(most))
+            else:
+                rows[part] = logits.logsumexp(1)
+                columns.append(logits.logsumexp(0))
+        columns = torch.stack(columns).logsumexp(0)
         ctx.save_for_backward(pictures, texts, rows, columns)
+        ctx.tile = tile
         return rows, columns
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, by_row: Tensor, by_column: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, by_row: Tensor, by_column: Tensor) -> tuple[Tensor, Tensor, None]:
         pictures, texts, rows, columns = ctx.saved_tensors
+        of_pictures, of_texts = torch.empty_like(pictures), torch.zeros_like(texts)
+        most = torch.maximum(rows.max(), columns.max())
+        near = bool(most - torch.minimum(rows.min(), columns.min()) < DEEP)
         with torch.autocast(pictures.device.type, enabled=False):
-            logits, most = pictures @ texts.T, torch.maximum(rows.max(), columns.max())
-            if most - torch.minimum(rows.min(), columns.min()) < DEEP:
-                weights = logits.sub_(most).exp_().mul_(torch.add((by_row * (most - rows).exp())[:, None], by_column * (most - columns).exp()))
-            else:
-                weights = (logits - rows[:, None]).exp_().mul_(by_row[:, None]).add_((logits - columns).exp_().mul_(by_column))
-            return weights @ texts, weights.T @ pictures
+            for part, logits in _logits(pictures, texts, ctx.tile):
+                if near:
+                    weights = logits.sub_(most).exp_().mul_(torch.add((by_row[part] * (most - rows[part]).exp())[:, None], by_column * (most - columns).exp()))
+                else:
+                    weights = (logits - rows[part, None]).exp_().mul_(by_row[part, None]).add_(logits.sub_(columns).exp_().mul_(by_column))
+                torch.mm(weights, texts, out=of_pictures[part])
+                of_texts.addmm_(weights.T, pictures[part])
+        return of_pictures, of_texts, None
 
 
 class _Softplus(torch.autograd.Function):
-    """Pictures (t, D), texts (N, D) and a bias -> (t,) sums of softplus(logit + bias) over the texts; the logits are computed again for the gradient."""
+    """Pictures (n, D), texts (N, D), a bias, tile -> (n,) sums of softplus(logit + bias) over the texts; the logits are computed again for the gradient."""
 
     @staticmethod
-    def forward(ctx, pictures: Tensor, texts: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx, pictures: Tensor, texts: Tensor, bias: Tensor, tile: int) -> Tensor:
         ctx.save_for_backward(pictures, texts, bias)
-        return F.softplus((pictures @ texts.T).add_(bias)).sum(1)
+        ctx.tile, rows = tile, pictures.new_empty(len(pictures))
+        for part, logits in _logits(pictures, texts, tile):
+            rows[part] = F.softplus(logits.add_(bias)).sum(1)
+        return rows
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, by_row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx, by_row: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         pictures, texts, bias = ctx.saved_tensors
+        of_pictures, of_texts, of_bias = torch.empty_like(pictures), torch.zeros_like(texts), torch.zeros_like(bias)
         with torch.autocast(pictures.device.type, enabled=False):
-            weights = (pictures @ texts.T).add_(bias).sigmoid_().mul_(by_row[:, None])
-            return weights @ texts, weights.T @ pictures, weights.sum().reshape(bias.shape)
+            for part, logits in _logits(pictures, texts, ctx.tile):
+                weights = logits.add_(bias).sigmoid_().mul_(by_row[part, None])
+                torch.mm(weights, texts, out=of_pictures[part])
+                of_texts.addmm_(weights.T, pictures[part])
+                of_bias += weights.sum()
+        return of_pictures, of_texts, of_bias, None
 
 
 def _directions(labels: Tensor) -> Tensor:
