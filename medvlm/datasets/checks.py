@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,8 +130,12 @@ def _leak(kind: str, places: Iterable[tuple[str, str]]) -> Leak:
     return Leak(kind, tuple(dict.fromkeys(splits)), tuple(dict.fromkeys(rows)))
 
 
-def refuse_leaks(splits: Mapping[str, Iterable[Sample]]) -> None:
-    """Raises: ModelError: LEAK with the counts and the first rows of each kind, where :func:`leaks` finds any."""
+def refuse_leaks(splits: Mapping[str, Iterable[Sample]], named: Callable[[str], str] = str) -> None:
+    """named: a row ("set/id") as the error is to call it.
+
+    Raises:
+        ModelError: LEAK with the counts and the first rows of each kind, where :func:`leaks` finds any.
+    """
     found = leaks(splits)
     if not found:
         return
@@ -139,7 +143,7 @@ def refuse_leaks(splits: Mapping[str, Iterable[Sample]]) -> None:
     for kind, what in (("patient", "patients in two splits"), ("image", "pictures in two splits"), ("id", "sample ids given twice")):
         of_kind = [leak for leak in found if leak.kind == kind]
         if of_kind:
-            first = "; ".join(f"{', '.join(leak.rows[:4])} ({', '.join(leak.splits)})" for leak in of_kind[:3])
+            first = "; ".join(f"{', '.join(map(named, leak.rows[:4]))} ({', '.join(leak.splits)})" for leak in of_kind[:3])
             said.append(f"{what}: {len(of_kind)}, rows {first}" + ("; ..." if len(of_kind) > 3 else ""))
     raise ModelError(". ".join(said), "LEAK", "scores on data that was learned from say nothing: split by patient, or go on all the same with --allow-leaks")
 

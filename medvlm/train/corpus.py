@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..datasets import checks, instruct, mirror
+from ..datasets import checks, instruct, manifest, mirror
 from ..datasets.base import Data, open_data
 from ..errors import MedVLMError, ModelError
 from ..sample import Sample
@@ -49,7 +49,7 @@ class Corpus:
         if not allow_leaks:
             opened = {name.partition("/")[0]: found for name, found in self.sets.items()}
             splits = {s: itertools.chain.from_iterable([self._seen(found, s, read[of][s]) for of, found in opened.items()]) for s in SPLITS}
-            checks.refuse_leaks(splits | {"test": itertools.chain.from_iterable(map(self._tested, opened.values()))})
+            checks.refuse_leaks(splits | {"test": itertools.chain.from_iterable(map(self._tested, opened.values()))}, self._on_line)
         self.held = {name: read[name.partition("/")[0]] for name in self.names}
         if not any(self.held[n]["train"] or self.sets[n].streamed for n in self.names):
             raise ModelError(f"{data} holds no training samples of {', '.join(self.names)}", "NO_SAMPLES", "check --data and the splits of its rows")
@@ -64,6 +64,14 @@ class Corpus:
         """What is held of a split: of shards, whose samples come decoded, no more than a validation looks at."""
         groups = self._groups(found, split)
         return itertools.islice(groups, 0, None, max(1, found.count(split) // VAL_IMAGES)) if found.streamed else groups
+
+    def _on_line(self, row: str) -> str:
+        """A row ("set/id") with the line of its manifest, where it stands in one."""
+        of, _, ident = row.partition("/")
+        found = next((found for name, found in self.sets.items() if name.partition("/")[0] == of), None)
+        folders = [] if found is None or found.streamed else [folder for folder, adapter in found.folders.values() if adapter is None]
+        line = next((r["_line"] for folder in folders for r in manifest.rows(folder, bad=[]) if r["id"] == ident), None)
+        return row if line is None else f"{row} on line {line}"
 
     @staticmethod
     def _seen(found: Data, split: str, groups: list[list[Sample]]) -> Iterator[Sample]:

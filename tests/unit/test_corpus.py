@@ -103,6 +103,7 @@ def test_a_patient_or_a_picture_in_two_splits_is_refused_unless_allowed(spoiled,
         with pytest.raises(MedVLMError) as e:
             run(data, tmp_path / f"run{k}")
         assert e.value.code == "LEAK" and what in e.value.message and "x0" in e.value.message and "--allow-leaks" in e.value.hint
+        assert sharded or "drawn/x0 on line 1, drawn/x9 on line 10 (train, val)" in e.value.message
     run(data, tmp_path / "allowed", allow_leaks=True)
 
 
