@@ -73,6 +73,8 @@ def train(recipe, data: str | Path, out: str | Path, resume: bool = False, seed:
             raise
         raise ModelError("a training step does not fit into memory", "OUT_OF_MEMORY",
                          "set a smaller chunk (same result, less at a time), e.g. --set stages.NAME.chunk=4, then --resume") from error  # fmt: skip
+    finally:
+        AcceleratorState._reset_state()  # else what comes after in this process would compute in this run's precision
 
 
 def _train(recipe, data, out, resume, seed, device, precision, save_minutes, workers, shard, skip_bad, allow_leaks) -> Path:

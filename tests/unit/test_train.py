@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from medvlm.datasets import manifest
@@ -484,6 +485,7 @@ def test_bf16_steps_learn_in_full_precision_weights(root, whole, tmp_path):
     assert all(v.dtype == torch.float32 for k, v in weights(tmp_path / "run").items() if k.startswith("lm."))
     assert told[0]["lm"] == pytest.approx(exact[0]["lm"], rel=0.02) and told[0]["lm"] != exact[0]["lm"]
     assert json.loads((tmp_path / "run/recipe.json").read_text())["precision"] == "bf16"
+    assert Accelerator(cpu=True).mixed_precision == "no"  # nothing is left of it
 
 
 def test_a_part_without_pictures_knows_no_labels():
