@@ -136,10 +136,16 @@ def row_samples(row: dict[str, Any]) -> Iterator[Sample]:
             suffix = mask.label if len(names) == 1 or mask.label == name else f"{name}/{mask.label}"
             yield replace(whole, id=f"{row['id']}/{suffix}", masks=(mask,))
     if row.get("text"):
-        sections = row.get("sections") or {n: part for n, part in labeller.sections(row["text"]).items() if n in REPORTED}
+        sections = row.get("sections") or _reported(row["text"])
         yield replace(whole, turns=(Turn("assistant", row["text"]),), meta={**whole.meta, **({"sections": sections} if sections else {})})
     if not (row.get("qa") or names or row.get("text")):
         yield whole
+
+
+def _reported(text: str) -> dict[str, str]:
+    """Findings and impression of a text that is a report, {} of others: it begins with a heading; a note may hold one."""
+    found = labeller.sections(text)
+    return {} if "" in found else {name: part for name, part in found.items() if name in REPORTED}
 
 
 def open_images(row: dict[str, Any]) -> tuple[Image | Volume, ...]:

@@ -299,9 +299,10 @@ def test_masks_of_every_set_lie_on_their_images(data):
 
 def test_a_text_with_headings_is_a_report(tmp_path):
     lines = [{"id": "a", "image": None, "modality": "ct", "text": "FINDINGS: No mass.\nIMPRESSION: Normal."}, {"id": "b", "image": None, "modality": "ct", "text": "A CT of the chest."}]
+    lines.append({"id": "c", "image": None, "modality": "xray", "text": "Presentation: a cough. Imaging Findings: a white lung."})
     (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    report, caption = (next(manifest.row_samples(r)) for r in manifest.rows(tmp_path))
-    assert report.meta["sections"] == {"findings": "No mass.", "impression": "Normal."} and "sections" not in caption.meta
+    report, caption, note = (next(manifest.row_samples(r)) for r in manifest.rows(tmp_path))
+    assert report.meta["sections"] == {"findings": "No mass.", "impression": "Normal."} and "sections" not in caption.meta and "sections" not in note.meta
 
 
 def test_large_masks_are_kept_packed():
