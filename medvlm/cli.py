@@ -168,17 +168,18 @@ def segment(args: argparse.Namespace) -> int:
     single = len(args.target) == 1 and out.suffix
     found = [model.segment(study, target, image=args.image) for target in args.target]
     together = out.suffix == ".dcm"
-    for result in found:
-        ending = ".png" if result.mask.ndim == 2 else ".nii.gz"
-        path = out if single or together else out / (result.label.replace(" ", "-") + ending)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not together:
+    named = lambda r: r.label.replace(" ", "-") + (".png" if r.mask.ndim == 2 else ".nii.gz")  # noqa: E731
+    paths = [out if single or together else out / named(result) for result in found]
+    try:
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        if together:
+            save_seg(found[0].image, {r.label: r.mask for r in found}, out, (model.name, model.version))
+        else:
+            for result, path in zip(found, paths):
                 result.save(path)
-            elif result is found[0]:
-                save_seg(result.image, {r.label: r.mask for r in found}, path, (model.name, model.version))
-        except OSError as error:
-            raise UsageError(f"{path} cannot be written ({error.strerror})", "CANNOT_WRITE") from error
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written ({error.strerror})", "CANNOT_WRITE") from error
+    for result, path in zip(found, paths):
         if args.json:
             print(json.dumps(result.region.to_json(str(path)) | {"voxels": int(result.mask.sum())}))
         else:

@@ -147,7 +147,8 @@ def _write(study: Study, model: Model, folder: Path, asked: dict[str, Any]) -> d
         raise failed[0]
     read = {name: pair for name, pair in reports.items() if pair[1].out_of_scope is None}
     reasons = {name: r.out_of_scope for name, (_, r) in reports.items() if r.out_of_scope}
-    previews = {name: "preview.png" if name == next(iter(read)) else f"preview-{name}.png" for name in read}
+    endings = {name: "" if name == next(iter(read)) else f"-{name}" for name in read}
+    previews = {name: f"preview{ending}.png" for name, ending in endings.items()}
     findings, said, structures, for_sr, segs, trouble = [], [], [], [], {}, []
     for name, (image, report) in read.items():
         masks = _masks(report)
@@ -155,7 +156,7 @@ def _write(study: Study, model: Model, folder: Path, asked: dict[str, Any]) -> d
         if "frames" in image.info:
             seg = None
             try:
-                path = folder / previews[name].replace("preview", "seg").replace(".png", ".dcm")
+                path = folder / f"seg{endings[name]}.dcm"
                 seg = save_seg(image, masks, path, (model.name, model.version)) if masks else None
                 segs |= {name: path.name} if masks else {}
             except MedVLMError as error:

@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .errors import FileError, MedVLMError
-from .imaging.dicom_header import quiet
-from .imaging.files import writing
+from .errors import FileError
 from .imaging.scan import Image, Volume
-from .imaging.seg import NOT_FOR_DIAGNOSIS, coded, headers, own
+from .imaging.seg import NOT_FOR_DIAGNOSIS, coded, headers, own, saved
 from .sample import NOTICE, Report
 
 SERIES = 9002
@@ -49,15 +47,7 @@ def save_sr(readings: Sequence[Read], path: str | Path, model: tuple[str, str]) 
     heads = [headers(r.image) for r in readings]
     if len({str(h.StudyInstanceUID) for head in heads for h in head}) > 1:
         raise FileError("the images belong to several studies; a report is about one", "UNSUPPORTED")
-    try:
-        with quiet():
-            made = _made(readings, heads, model)
-            with writing(path) as part:
-                made.save_as(part)
-    except MedVLMError:
-        raise
-    except Exception as error:  # highdicom raises many kinds, and their texts may quote the header
-        raise FileError(f"the header of image {readings[0].image.id} cannot carry a report ({type(error).__name__})", "UNSUPPORTED") from None
+    saved(lambda: _made(readings, heads, model), path, f"the header of image {readings[0].image.id} cannot carry a report")
     return Path(path)
 
 

@@ -25,10 +25,10 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
 from ..encoders.base import Features
+from ..encoders.unet import CONV, twice
 from ..errors import ModelError
 from .volume import LayerNorm3d, VolumePromptEncoder, volume_decoder
 
-CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {2: LayerNorm2d, 3: LayerNorm3d}
 POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
 LINEAR = {2: "bilinear", 3: "trilinear"}
@@ -80,17 +80,18 @@ class MaskHead(nn.Module):
     labels: names of the coarse maps of ``dense``, (dim) -> (labels) at the embedding's grid. A prompt that names one
     starts from it: the map is its mask prompt, and the decoder's logits are added to it. up: cells of the decoder's
     logits to one of the embedding's, along each axis. ladder: the maps are read off its fine map instead, (B, labels, *finer
-    grid), and are what is drawn of a label known by name; of such a prompt the decoder tells the presence alone.
+    grid), and are what is drawn of a label known by name; of such a prompt the decoder tells the presence alone. shuffle: cells of
+    those maps to one of the ladder's along each axis, each a channel of its own there (Shi et al. 2016, arXiv:1609.05158).
     """
 
     def __init__(
         self, neck: nn.Module, prompt_encoder: PromptEncoder, decoder: MaskDecoder, lm_dim: int, labels: tuple[str, ...],
-        up: tuple[int, ...] = (4, 4), refiner: Refiner | None = None, ladder: Ladder | None = None,
+        up: tuple[int, ...] = (4, 4), refiner: Refiner | None = None, ladder: Ladder | None = None, shuffle: int = 1,
     ):  # fmt: skip
         super().__init__()
         dim = decoder.transformer_dim
-        self.labels, self.up = tuple(labels), tuple(up)
-        self.dense = CONV[len(up)](dim if ladder is None else ladder.width, len(labels), 1) if labels else None
+        self.labels, self.up, self.shuffle = tuple(labels), tuple(up), shuffle
+        self.dense = CONV[len(up)](dim if ladder is None else ladder.width, len(labels) * shuffle**2, 1) if labels else None
         self.neck, self.prompt_encoder, self.decoder, self.refiner, self.ladder = neck, prompt_encoder, decoder, refiner, ladder
         self.speak = nn.Sequential(nn.LayerNorm(lm_dim), nn.Linear(lm_dim, dim), nn.ReLU(), nn.Linear(dim, dim))
         self.presence = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 1))
@@ -104,7 +105,11 @@ class MaskHead(nn.Module):
 
     def outlines(self, features: Features) -> Tensor:
         """:meth:`maps` of these features, without what only prompts need."""
-        return self.dense(self.neck(features) if self.ladder is None else self.ladder(features))
+        return self._read(self.neck(features) if self.ladder is None else self.ladder(features))
+
+    def _read(self, map: Tensor) -> Tensor:
+        maps = self.dense(map)
+        return maps if self.shuffle == 1 else F.pixel_shuffle(maps, self.shuffle)
 
     def forward(self, features: Features, prompts: Prompts) -> Masks:
         return self.decode(self.embed(features), prompts)
@@ -120,7 +125,7 @@ class MaskHead(nn.Module):
         masks, quality, states = decode(self.decoder, embedding.map[image], self._positions(embedding.map), sparse, dense, prompts.draw)
         logits = masks[:, 0]
         if self.ladder is not None:
-            logits = self._sized(masks[:, :1], tuple(embedding.fine.shape[2:]))[:, 0]
+            logits = self._sized(masks[:, :1], tuple(n * self.shuffle for n in embedding.fine.shape[2:]))[:, 0]
             logits = logits if coarse is None else torch.where(known[shown, 0], coarse[shown, 0], logits)
         elif coarse is not None:
             logits = logits + (coarse * known)[shown, 0]
@@ -129,8 +134,8 @@ class MaskHead(nn.Module):
         return Masks(logits, quality[:, 0], self.presence(states[:, 0])[:, 0])
 
     def maps(self, embedding: Embedding) -> Tensor:
-        """(B, labels, *grid) logits of the labels known by name, at the embedding's stride, or at the finest level's with a ladder."""
-        return self.dense(embedding.map if self.ladder is None else embedding.fine)
+        """(B, labels, *grid) logits of the labels known by name, at the embedding's stride, or with a ladder at the finest level's by ``shuffle``."""
+        return self._read(embedding.map if self.ladder is None else embedding.fine)
 
     def scribble(self, coverage: Tensor) -> Tensor:
         """Rough masks over the input (P, *size), > 0 where marked -> Prompts.masks: a cell that is touched is marked.
@@ -258,12 +263,8 @@ class Ladder(nn.Module):
     def __init__(self, level_dims: tuple[int, ...], width: int, rank: int = 2):
         super().__init__()
         self.width, rungs = width, [width + width // 2 * k for k in range(len(level_dims))]
-        conv, norm = CONV[rank], {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[rank]
-        self.foot = conv(level_dims[-1], rungs[-1], 1)
-        self.rungs = nn.ModuleList(
-            nn.Sequential(conv(dim + below, here, 3, padding=1, bias=False), norm(here), nn.ReLU(), conv(here, here, 3, padding=1, bias=False), norm(here), nn.ReLU())
-            for dim, here, below in zip(level_dims, rungs, rungs[1:])
-        )  # fmt: skip
+        self.foot = CONV[rank](level_dims[-1], rungs[-1], 1)
+        self.rungs = nn.ModuleList(twice(dim + below, here, rank) for dim, here, below in zip(level_dims, rungs, rungs[1:]))
 
     def forward(self, features: Features) -> Tensor:
         map = self.foot(features.levels[-1])
@@ -281,7 +282,7 @@ def each(stride: int | tuple[int, ...], rank: int) -> tuple[int, ...]:
 def build(
     level_dims: tuple[int, ...], level_strides: tuple, lm_dim: int, size: tuple[int, ...],
     dim: int = 128, stride: int | tuple[int, ...] = 8, depth: int = 2, heads: int = 8, labels: tuple[str, ...] = (), refine: int = 0,
-    ladder: int = 0,
+    ladder: int = 0, shuffle: int = 1,
 ) -> MaskHead:  # fmt: skip
     """A mask head for inputs of ``size``, (H, W) or (D, H, W), whose logits have ``stride / 4``, along D at least 1.
 
@@ -289,7 +290,7 @@ def build(
     dim, depth, heads: of the two-way transformer (SAM: 256, 2, 8). stride: of the image embedding (SAM: 16), one number
     or one an axis. labels: targets that are known by name, () for none. refine: channels of a refiner, which gives logits
     at the stride of the finest level instead; 0 for none. ladder: channels of the fine map that the labels are drawn from
-    instead; 0 for none.
+    instead; 0 for none. shuffle: of a ladder's maps, cells to one of the finest level along each axis; more than 1 in 2-D only.
 
     Raises:
         ModelError: BAD_RECIPE for a ladder beside a refiner or without labels, and for strides that do not fit the input, the levels or each other.
@@ -298,6 +299,8 @@ def build(
     stride = each(stride, rank)
     if ladder and (refine or not labels):
         raise ModelError("a ladder draws the labels known by name, and a refiner what the decoder has drawn: a head has one of them", "BAD_RECIPE", "give labels, and ladder or refine")
+    if shuffle != 1 and (rank != 2 or not ladder or not 1 < shuffle <= each(level_strides[0], rank)[0]):
+        raise ModelError(f"shuffle is {shuffle} with a ladder of {ladder} in {rank}-D", "BAD_RECIPE", "it is of a ladder's maps in 2-D, and at most the finest level's stride")
     if rank not in CONV or any(n % k for n, k in zip(size, stride)):
         raise ModelError(f"an input of {size} has no whole embedding of stride {stride}", "BAD_RECIPE", "give (H, W) or (D, H, W) and a stride that divides it")
     up = (4, 4) if rank == 2 else tuple(min(4, k) for k in stride)
@@ -316,5 +319,5 @@ def build(
         Pyramid(level_dims, level_strides, dim, stride, rank),
         PromptEncoder(**prompts) if rank == 2 else VolumePromptEncoder(**prompts, up=up),
         MaskDecoder(**masks) if rank == 2 else volume_decoder(**masks, up=up),
-        lm_dim, labels, up, Refiner(level_dims, level_strides, dim, refine, rank) if refine else None, Ladder(level_dims, ladder, rank) if ladder else None,
+        lm_dim, labels, up, Refiner(level_dims, level_strides, dim, refine, rank) if refine else None, Ladder(level_dims, ladder, rank) if ladder else None, shuffle,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,15 +144,25 @@ def save_seg(image: Image | Volume, masks: Mapping[str, np.ndarray], path: str |
         raise FileError(f"image {image.id} is one frame of several without a place in the patient, which a segmentation cannot refer to", "UNSUPPORTED", "save its masks as .png")
     if affine is not None and abs(affine[:3, 1] @ affine[:3, 2]) > SQUARE * np.linalg.norm(affine[:3, 1]) * np.linalg.norm(affine[:3, 2]):
         raise GeometryError(f"the rows and columns of image {image.id} are not at right angles, which a segmentation cannot say", "UNSUPPORTED", "save its masks as .nii.gz")
+    return saved(lambda: _made(image, affine, masks, heads, model), path, f"the header of image {image.id} cannot carry a segmentation")
+
+
+def saved(make: Callable[[], Any], path: str | Path, refusal: str) -> Any:
+    """What highdicom makes, written to a file whole or not at all; gives the object.
+
+    Raises:
+        FileError: UNSUPPORTED, with ``refusal``, for what highdicom does not take: it raises many kinds, whose texts may quote the
+            header. CANNOT_WRITE.
+    """
     try:
         with quiet():
-            made = _made(image, affine, masks, heads, model)
+            made = make()
             with writing(path) as part:
                 made.save_as(part)
     except MedVLMError:
         raise
-    except Exception as error:  # highdicom raises many kinds, and their texts may quote the header
-        raise FileError(f"the header of image {image.id} cannot carry a segmentation ({type(error).__name__})", "UNSUPPORTED") from None
+    except Exception as error:
+        raise FileError(f"{refusal} ({type(error).__name__})", "UNSUPPORTED") from None
     return made
 
 

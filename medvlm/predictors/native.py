@@ -784,14 +784,12 @@ class NativeModel(Model):
     def _draw(self, picture: Image | Volume, prompts: Prompts, wanted: Sequence[int]) -> tuple[torch.Tensor, Frame]:
         """(len(wanted), *grid) logits of words, and where their maps lie: from windows where the model looks closer at this kind of
         picture, for targets too thin to see in the whole. What the words mean comes from the whole image. Where a kind has no sides
-        (``about["unsided"]``) what is known by name is the mean of the four ways to mirror each window."""
+        (``about["unsided"]``) what is known by name is the mean of the four ways to mirror it."""
         name, _, embedding, frame = self._look(picture)
         head, about = self.vlm.head("mask", name), self.vlm.config.about
         chosen = torch.tensor(wanted, device=self.vlm.device)
         prompts = Prompts(prompts.image[chosen], tokens=prompts.tokens[chosen], named=prompts.named[chosen])
         by_name = head.ladder is not None and bool((prompts.named >= 0).all())
-        if (tiled := self._closely(picture)) is None:
-            return (head.maps(embedding)[0, prompts.named] if by_name else _even(head.decode(embedding, prompts).logits)), frame
         ways = ((), (-1,), (-2,), (-2, -1)) if by_name and self._kind(picture) in about.get("unsided", ()) else ((),)
 
         def draw(windows: torch.Tensor) -> torch.Tensor:
@@ -799,8 +797,12 @@ class NativeModel(Model):
                 return self._decoded_maps(head, self.vlm.encode({name: windows})[name], prompts)
             return torch.stack([head.outlines(self.vlm.encode({name: windows.flip(way)})[name])[:, prompts.named].flip(way) for way in ways]).mean(0)
 
-        return blend(tiled, (one for group in _grouped(inputs(picture, self.vlm.encoders[name].spec, tiled.frames), AT_ONCE if by_name else 1)
-                             for one in draw(torch.stack(group).to(self.vlm.device)))), tiled.whole  # fmt: skip
+        spec = self.vlm.encoders[name].spec
+        if (tiled := self._closely(picture)) is None:
+            if len(ways) > 1:
+                return draw(to_tensor(picture, spec)[0][None].to(self.vlm.device))[0], frame
+            return (head.maps(embedding)[0, prompts.named] if by_name else _even(head.decode(embedding, prompts).logits)), frame
+        return blend(tiled, (one for group in _grouped(inputs(picture, spec, tiled.frames), AT_ONCE if by_name else 1) for one in draw(torch.stack(group).to(self.vlm.device)))), tiled.whole
 
     @staticmethod
     def _decoded_maps(head, features: Features, prompts: Prompts) -> torch.Tensor:

@@ -39,6 +39,8 @@ class Stage:
             and gradients are those of the whole batch, contrastive ones too (GradCache).
         turns: conversations a case at most. kinds: {kind of conversation: weight}. pack: tokens of a row that several
             conversations share; None gives each its own row.
+        halved: share of the steps, from the first, that see pictures at half their (H, W): a quarter of the work, for much of what
+            there is to learn (progressive learning; Tan and Le 2021, arXiv:2104.00298, section 4).
         augment: strength, 0 for none. flip: share of the cases drawn as their mirror image, words and sides exchanged.
         every: steps between two looks at val. watch: the val loss that is to fall, or "loss", their sum. patience: looks
             without a lower one after which the stage ends with its best weights; None goes on to the end.
@@ -57,6 +59,7 @@ class Stage:
     turns: int = 4
     kinds: Mapping[str, float] = field(default_factory=dict)
     pack: int | None = None
+    halved: float = 0.0
     augment: float = 1.0
     flip: float = 0.0
     warmup: int = 50
@@ -73,6 +76,9 @@ class Stage:
             raise ModelError(f"stage {self.name}: give steps or epochs, one of them", "BAD_RECIPE")
         if wrong := next((n for n in ("batch", "every", "chunk") if not (isinstance(v := getattr(self, n), int) and v >= 1 or n == "chunk" and v is None)), None):
             raise ModelError(f"stage {self.name}: {wrong} is {getattr(self, wrong)!r}", "BAD_RECIPE", "give a whole number, 1 or more")
+        if not 0 <= self.halved <= 1 or self.halved and self.turns:
+            raise ModelError(f"stage {self.name}: halved is {self.halved!r} with {self.turns} turns", "BAD_RECIPE",
+                             "give a share of the steps, and turns=0: a conversation has as many image tokens as a whole picture")  # fmt: skip
         for what in ("data", "weights", "kinds"):
             if wrong := next((f"{k}: {w!r}" for k, w in getattr(self, what).items() if not isinstance(w, int | float) or not w >= 0), None):
                 raise ModelError(f"stage {self.name}: {what} holds {wrong}", "BAD_RECIPE", "a weight is a number, 0 or more")

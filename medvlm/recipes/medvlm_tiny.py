@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-import timm
 
 from ..datasets import facts, instruct, mirror
 from ..datasets.sentences import spoken, word
@@ -52,10 +51,10 @@ REPORTED = ("ground-glass opacity", "consolidation", "cardiomegaly", "endotrache
 GROUPS = {"modality": ("xray", "ct", "mr", "fundus", "pathology"), "view": ("PA", "AP"), "plane": ("axial", "coronal", "sagittal"),
           "part": ("head", "chest", "abdomen", "eye"), "eye": ("right", "left")}  # fmt: skip
 """What is known of a whole picture: one of each, where it has any."""
-ZOOM, SCALE = {"fundus": 5.85}, {"pathology": 1.5}
+ZOOM, SCALE = {"fundus": 3.9}, {"pathology": 1.0}
 """How closely a picture is looked at where it is outlined: times the resolution at which it fits whole, since every fundus camera
 shows the eye as large, and pixels of the input for one of the picture."""
-WINDOW = 170
+WINDOW = 256
 """Pixels of the training pictures in a window of 256, which is both of these."""
 SHOWN = ("soft tissue", "brain", "lung", (400.0, 1800.0))
 """Windows through which slices of CT are exported as pictures; the last is for bone."""
@@ -69,21 +68,20 @@ KINDS = ("segment", "asked", "finding", "describe", "modality", "view", "plane",
 BONES = re.compile(r"^(vertebra|rib|sternum|hip|sacrum|femur|humerus|scapula|clavicula|skull|mandible)")
 
 
-def model(tokenizer, size: int = 256, backbone: str = "regnetx_004", dim: int = 192, layers: int = 4, embed: int = 128, ladder: int = 32) -> MedVLMConfig:
-    """The configuration; size: side of the input in pixels, dim and layers: of the language model, embed: of the space that
-    pictures and captions share, ladder: channels of the map that outlines are read off."""
-    info = timm.create_model(backbone, features_only=True).feature_info
-    dims, strides, square = info.channels(), info.reduction(), (size, size)
+def model(tokenizer, size: int = 256, dims: tuple[int, ...] = (32, 48, 96, 160, 320), dim: int = 192, layers: int = 4, embed: int = 128, ladder: int = 32, shuffle: int = 2) -> MedVLMConfig:
+    """The configuration; size: side of the input in pixels, dims: channels of the encoder's levels, dim and layers: of the language model, embed: of
+    the space that pictures and captions share, ladder: channels of the map that outlines are read off."""
+    dims, strides, square = list(dims), [2**k for k in range(1, len(dims) + 1)], (size, size)
     groups = [[f"{group}:{name}" for name in names] for group, names in GROUPS.items()]
     pyramid = {"level_dims": dims, "level_strides": strides}
     return towers.config(
         tokenizer,
         {
-            "encoders": {"picture": {"file": "image", "args": {"model": backbone, "size": square, "channels": 3, "windows": [[-600.0, 1500.0], [40.0, 400.0], [400.0, 1800.0]], "standardise": True}},
+            "encoders": {"picture": {"file": "unet", "args": {"size": square, "channels": 3, "dims": dims, "windows": [[-600.0, 1500.0], [40.0, 400.0], [400.0, 1800.0]], "standardise": True}},
                          "text": towers.text(tokenizer, None, dim, 2)},
             "projectors": {"picture": {"file": "mlp", "args": {"dim": dims[-1], "lm_dim": dim}}},
             "heads": {
-                "mask": {"file": "mask", "args": {**pyramid, "lm_dim": dim, "size": square, "labels": list(TARGETS), "ladder": ladder}},
+                "mask": {"file": "mask", "args": {**pyramid, "lm_dim": dim, "size": square, "labels": list(TARGETS), "ladder": ladder, "shuffle": shuffle}},
                 "classify": {"file": "classify", "args": {"dim": dims[-1], "labels": [*FINDINGS, *(n for g in groups for n in g)], "groups": groups}},
                 "box": {"file": "box", "args": {**pyramid, "dim": dims[-1], "labels": list(CELLS), "width": 64}},
                 "contrast": {"file": "contrast", "args": {"dim": dims[-1], "text_dim": dim, "embed_dim": embed}},
@@ -91,7 +89,7 @@ def model(tokenizer, size: int = 256, backbone: str = "regnetx_004", dim: int = 
             "language": {"lm": towers.language(tokenizer, None, dim, layers)},
         },
         {
-            "name": "medvlm-tiny", "version": "0.3.0", "routes": {"*": "picture"}, "reads": [*GROUPS["modality"], "ct_or_mr"],
+            "name": "medvlm-tiny", "version": "0.4.0", "routes": {"*": "picture"}, "reads": [*GROUPS["modality"], "ct_or_mr"],
             "targets": list(TARGETS), "findings": list(REPORTED), "outlined": {m: list(t) for m, t in OUTLINED.items()}, "whole": list(WHOLE), "within": WITHIN,
             "zoom": ZOOM, "scale": SCALE, "unsided": ["fundus", "pathology"], "boxed": ["pathology"], "slices": 4,
         },
@@ -285,8 +283,8 @@ SEEING = {"encoders.picture.*": 1.0, "heads.mask.ladder.*": 1.0, "heads.mask.den
 SPEAKING = {"projectors.*": 1.0, "lm.*": 1.0, "heads.mask.*": 1.0, "heads.mask.ladder.*": 0.0, "heads.mask.dense.*": 0.0}
 """What is seen stays as it was learnt: a few hundred conversations would only blur it."""
 SCANS = {"phantom_chest_ct": 0.5, "phantom_abdomen_ct": 0.9, "phantom_head_ct": 0.3, "phantom_abdomen_mr": 0.3, "phantom_head_mr": 0.3}
-OUTLINES = {"xray_covid": 1.5, "xray_covid/outlined": 3.0, "phantom_films": 1.5, "fundus_chase": 0.5, "fundus_chase/windows": 3.0, "path_bccd": 1.5,
-            "path_dsb_nuclei": 0.3, "path_dsb_nuclei/windows": 3.0, "vol_totalseg": 1.5, "vol_deeplesion": 0.3, "vqa_rad": 1.5, **SCANS}  # fmt: skip
+OUTLINES = {"xray_covid": 1.5, "xray_covid/outlined": 3.0, "phantom_films": 1.5, "fundus_chase": 0.5, "fundus_chase/windows": 4.0, "path_bccd": 1.5,
+            "path_dsb_nuclei": 0.3, "path_dsb_nuclei/windows": 4.0, "vol_totalseg": 1.5, "vol_deeplesion": 0.3, "vqa_rad": 1.5, **SCANS}  # fmt: skip
 ANSWERS = {"xray_covid": 3.0, "xray_covid/outlined": 2.0, "phantom_films": 1.5, "fundus_chase": 0.7, "fundus_chase/windows": 1.0, "path_bccd": 0.8,
            "path_dsb_nuclei": 0.5, "path_dsb_nuclei/windows": 1.0, "vol_totalseg": 0.8, "vol_deeplesion": 0.3, "vqa_rad": 6.0, **SCANS, "report_iu": 3.0}  # fmt: skip
 RECIPE = Recipe(
@@ -297,7 +295,9 @@ RECIPE = Recipe(
     samples=samples,
     tokenizer=towers.vocabulary,
     stages=(
-        Stage("see", "outline+classify+box", SEEING, OUTLINES, lr=2e-3, steps=5200, batch=16, turns=0, augment=1.0, warmup=150, every=1300),
+        Stage("glance", "outline+classify+box", SEEING, {k: v for k, v in OUTLINES.items() if not k.endswith("/windows")}, lr=2e-3, steps=4000, batch=16, turns=0, halved=1.0,
+              augment=1.0, warmup=100, every=2000),
+        Stage("see", "outline+classify+box", SEEING, OUTLINES, lr=2e-3, steps=2200, batch=16, turns=0, augment=1.0, warmup=100, every=1100),
         Stage("speak", "lm+mask", SPEAKING, ANSWERS, lr=1e-3, steps=600, batch=12, turns=4, augment=0.8, warmup=50, every=300,
               kinds={"segment": 4.0, "asked": 3.0, "finding": 1.5, "describe": 0.7, "modality": 0.7, "view": 0.7, "plane": 0.5, "organ": 0.7, "abnormal": 0.5,
                      "count": 0.3, "facts": 0.3, "text": 1.0}),

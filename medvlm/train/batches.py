@@ -204,7 +204,7 @@ class Batches(IterableDataset):
                 drawn.append((cases[int(lot.integers(len(cases)))] if cases else None, lot))
             good = [case for case, _ in drawn if case is not None]  # all processes hold as many cases, or a contrastive loss could not pair them
             drawn = [(good[int(lot.integers(len(good)))] if case is None else case, lot) for case, lot in drawn] if good else []
-            yield [self._batch(part) for part in _parts(drawn, self.stage.chunk)]
+            yield [self._batch(part, step < self.stage.halved * self.stage.steps) for part in _parts(drawn, self.stage.chunk)]
 
     def received(self, sent: Sent) -> list[Batch]:
         """What a worker made; what it left out is noted here, and its error raised."""
@@ -214,10 +214,10 @@ class Batches(IterableDataset):
             raise sent.error
         return sent.parts
 
-    def _batch(self, drawn: list[tuple[Case, np.random.Generator]]) -> Batch:
+    def _batch(self, drawn: list[tuple[Case, np.random.Generator]], halved: bool) -> Batch:
         stage = self.stage
         return draw([c for c, _ in drawn], self.tokenizer, [lot for _, lot in drawn], stage.turns, stage.kinds, stage.augment, stage.pack,
-                    "outline" in stage.objective.split("+"))
+                    "outline" in stage.objective.split("+"), halved)
 
 
 def _parts(items: list, size: int | None) -> Iterable[list]:

@@ -148,12 +148,13 @@ def _raster(box, size) -> np.ndarray:
 
 
 def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], turns: int = 4, kinds: Mapping[str, float] | None = None,
-         strength: float = 0.0, pack: int | None = None, outlines: bool = False) -> Batch:  # fmt: skip
+         strength: float = 0.0, pack: int | None = None, outlines: bool = False, halved: bool = False) -> Batch:  # fmt: skip
     """A batch of these cases with up to ``turns`` conversations each, chosen with the weight of their kind.
 
     lots: one random generator a case: what is drawn of a case depends on it alone. strength: of the augmentation.
     pack: tokens of a row that conversations share, None for a row each. outlines: with all that is outlined of each first
     image and known to the mask head by name, whatever its conversations ask (``targets["outline"]``, see objectives.outline).
+    halved: pictures, masks and boxes at half their (H, W).
     """
     pictures: dict[str, list[Tensor]] = defaultdict(list)
     labels, captions, objects, told = [], [], [], []
@@ -172,6 +173,8 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
                 corners, marks = case.objects if case.objects is not None and order == k == 0 else (np.zeros((0, 2, picture.ndim - 1)), np.zeros(0, int))
                 targets = np.stack([case.masks[t].numpy() for t in mine]) if mine and k == 0 else np.zeros((0, *picture.shape[1:]), np.uint8)
                 array = picture.numpy().astype(np.float32) / 255
+                if halved:
+                    array, targets, corners = _halved(array), np.round(_halved(targets)).astype(np.uint8), corners / np.r_[np.ones(picture.ndim - 3), 2, 2]
                 if strength:
                     array, targets, corners, kept = Augmentation(picture.ndim - 1, strength)(array, targets, corners, seed, move)
                     marks = marks[kept]
@@ -212,6 +215,19 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
             "image": torch.tensor([at for at, c, _ in objects for _ in c], dtype=torch.long), "told": torch.tensor(told),
         }  # fmt: skip
     return batch
+
+
+def _halved(array: np.ndarray) -> np.ndarray:
+    """(..., H, W) -> (..., H / 2, W / 2), the mean of each 2 x 2.
+
+    Raises:
+        ModelError: BAD_RECIPE for an odd side.
+    """
+    high, wide = array.shape[-2:]
+    if high % 2 or wide % 2:
+        raise ModelError(f"a picture of {high} x {wide} cannot be halved", "BAD_RECIPE", "give the encoder an even size, or leave out halved")
+    pairs = array.reshape(*array.shape[:-2], high // 2, 2, wide // 2, 2)
+    return np.add.reduce(np.add.reduce(pairs, -1, np.float32), -2) / 4
 
 
 def _stays(case: Case, target: int, moved: Mapping[int, Tensor]) -> bool:

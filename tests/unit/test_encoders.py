@@ -11,7 +11,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from medvlm.encoders import image, slices, text, tiles, volume
+from medvlm.encoders import image, slices, text, tiles, unet, volume
 from medvlm.encoders.base import as_map, quarters, resize_positions
 from medvlm.errors import MedVLMError, ModelError, UsageError
 from medvlm.imaging import window
@@ -318,6 +318,34 @@ def test_an_image_tower_that_cannot_be_is_refused_by_name(args, code):
     with pytest.raises(ModelError) as refused:
         image.build(**args)
     assert refused.value.code == code
+
+
+@torch.no_grad()
+def test_a_u_net_s_way_down_is_monai_s():
+    from monai.networks.nets.basic_unet import Down, TwoConv
+
+    encoder, dims, given = unet.build((32, 48), 2, (4, 6, 8)), (4, 6, 8), ("relu", ("batch", {}), False)
+    theirs = [TwoConv(2, 8, 4, *given), Down(2, 4, 6, *given), Down(2, 6, 8, *given)]
+    for mine, other in zip(encoder.down, theirs):
+        for (_, a), b in zip(mine.state_dict().items(), other.state_dict().values(), strict=True):
+            b.copy_(a.normal_() if a.is_floating_point() else a)
+        mine.load_state_dict({k: v.abs() if k.endswith("var") else v for k, v in mine.state_dict().items()})
+        for (_, a), b in zip(mine.state_dict().items(), other.state_dict().values(), strict=True):
+            b.copy_(a)
+    x = torch.randn(2, 2, 32, 48)
+    found, state = encoder.eval()(x), torch.stack([x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)], 2).flatten(1, 2)
+    for level, other, dim, stride in zip(found.levels, theirs, dims, encoder.level_strides, strict=True):
+        state = other.eval()(state)
+        assert gap(level, state, f"stride {stride}") < 1e-5 and level.shape == (2, dim, 32 // stride, 48 // stride)
+    assert found.tokens.shape == (2, 24, 8) and torch.equal(as_map(found.tokens, found.grid), found.levels[-1]) and torch.equal(found.pooled, found.tokens.mean(1))
+
+
+@pytest.mark.parametrize(("args", "code"), [({"size": (60, 64)}, "BAD_ARGUMENT"), ({"dims": ()}, "BAD_RECIPE"), ({"mean": (0.5,), "channels": 3}, "BAD_RECIPE"),
+                                            ({"windows": ((40.0, 400.0),), "channels": 3}, "BAD_RECIPE")])  # fmt: skip
+def test_a_u_net_that_cannot_be_is_refused(args, code):
+    with pytest.raises(MedVLMError) as e:
+        unet.build(**args)
+    assert e.value.code == code
 
 
 def test_what_the_tokens_do_not_read_is_not_trained():

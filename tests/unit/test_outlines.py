@@ -21,6 +21,7 @@ from medvlm.recipes.base import Stage
 from medvlm.sample import SEG, Mask, Sample, Turn
 from medvlm.train import objectives
 from medvlm.train.augment import laid
+from medvlm.train.batches import Batches, Cases, Room
 from medvlm.train.data import draw, prepare
 from medvlm.train.loop import _Losses, _Stage
 from medvlm.vlm import MedVLM, Output
@@ -69,7 +70,19 @@ def test_the_ladder_sees_every_level():
     assert all(level.grad.abs().sum() > 0 for level in features.levels)
 
 
-@pytest.mark.parametrize("given", [{"refine": 4}, {"labels": ()}])
+@torch.no_grad()
+def test_a_cell_of_the_ladder_tells_its_own_pixels():
+    """Channel 4 n + 2 i + j of a cell is row i and column j of label n in it."""
+    one, features = head(shuffle=2), levels()
+    maps, cells = one.outlines(features), one.dense(one.ladder(features))
+    assert cells.shape == (2, 8, 16, 24) and maps.shape == (2, 2, 32, 48)
+    for n, i, j in ((0, 0, 0), (0, 1, 0), (1, 0, 1), (1, 1, 1)):
+        assert torch.equal(maps[:, n, i::2, j::2], cells[:, 4 * n + 2 * i + j])
+    drawn = one(features, Prompts(torch.tensor([1, 0]), tokens=torch.randn(2, 2, 12), named=torch.tensor([0, -1])))
+    assert drawn.logits.shape == (2, 32, 48) and torch.equal(drawn.logits[0], maps[1, 0]) and torch.equal(one.maps(one.embed(features)), maps)
+
+
+@pytest.mark.parametrize("given", [{"refine": 4}, {"labels": ()}, {"ladder": 0, "shuffle": 2}, {"shuffle": 4}, {"shuffle": 0}])
 def test_a_head_has_a_ladder_or_a_refiner_and_names_for_it(given):
     with pytest.raises(MedVLMError) as error:
         build(DIMS, STRIDES, 12, (32, 48), **{"dim": 16, "heads": 2, "labels": ("a",), "ladder": 4, **given})
@@ -109,6 +122,38 @@ def test_a_batch_holds_every_outline_whatever_is_asked():
     moved = draw([case], tokenizer, [np.random.default_rng(3)], turns=0, strength=1.0, outlines=True)
     where = np.argwhere(moved.targets["outline"]["mask"][0].numpy() > 127)
     assert not np.array_equal(where.mean(0), np.argwhere(lung).mean(0)) and abs(where.mean(0) - np.argwhere(lung).mean(0)).max() < 15
+
+
+def test_a_halved_picture_is_the_mean_of_its_pixels_with_its_outlines_and_boxes():
+    tokenizer = tiny.tokenizer()
+    model = laddered(tokenizer)
+    picture, lung = tiny.picture(size=(64, 64)), np.zeros((64, 64), bool)
+    lung[10:40, 5:30] = True
+    sample = Sample("s", images={picture.id: picture}, turns=(Turn("user", "Segment it."), Turn("assistant", SEG)), masks=(Mask(picture.id, "right lung", lung),), meta={"row": "r", "kind": "segment"})  # fmt: skip
+    (case,) = prepare(model, tokenizer, [sample])
+    case.objects = np.array([[[8.0, 4.0], [20.0, 30.0]]]), np.array([0])
+    whole, half = (draw([case], tokenizer, [np.random.default_rng(0)], turns=0, outlines=True, halved=h) for h in (False, True))
+    (name,) = half.images
+    assert half.images[name].shape[2:] == (32, 32) and half.targets["outline"]["mask"].dtype == torch.uint8
+    torch.testing.assert_close(half.images[name], F.avg_pool2d(whole.images[name], 2))
+    torch.testing.assert_close(half.targets["outline"]["mask"].float(), F.avg_pool2d(whole.targets["outline"]["mask"].float(), 2).round())
+    assert half.targets["boxes"]["corners"].tolist() == [[[4.0, 2.0], [10.0, 15.0]]]
+    case.pictures[picture.id] = [(name, case.pictures[picture.id][0][1][:, :63])]
+    with pytest.raises(MedVLMError, match="63 x 64") as error:
+        draw([case], tokenizer, [np.random.default_rng(0)], turns=0, halved=True)
+    assert error.value.code == "BAD_RECIPE"
+
+
+def test_the_first_share_of_the_steps_is_halved():
+    tokenizer = tiny.tokenizer()
+    model, picture = laddered(tokenizer), tiny.picture(size=(64, 64))
+    group = [Sample("s", images={picture.id: picture}, turns=(Turn("user", "?"), Turn("assistant", "yes")), meta={"row": "r"})]
+    stage = Stage("see", "classify", ("*",), {"set": 1.0}, lr=1e-3, steps=4, batch=1, turns=0, augment=0.0, halved=0.5)
+    source = Cases("set", [group], lambda g: prepare(model, tokenizer, g), Room(1 << 20))
+    sides = [next(iter(parts[0].images.values())).shape[-1] for parts in Batches(stage, (0, 0), {"set": source}, tokenizer, 0)]
+    assert sides == [32, 32, 64, 64]
+    with pytest.raises(MedVLMError, match="image tokens"):
+        replace(stage, turns=1)
 
 
 def photograph(size=(100, 130)):
