@@ -228,8 +228,11 @@ def auroc_score(name: str, scores: Sequence[float], labels: Sequence[float], clu
     return statistic_score(name, lambda i: auroc(s[i], y[i]), [clusters[i] for i in known], names, **about)
 
 
-def fit_platt(logits: np.ndarray, labels: np.ndarray, strength: float = 1.0) -> tuple[float, float]:
+def fit_platt(logits: np.ndarray, labels: np.ndarray, strength: float = 1.0, share: float | None = None) -> tuple[float, float]:
     """(scale, shift) so that sigmoid(logit * scale + shift) is calibrated; pulled towards (1, 0) when data are few.
+
+    share: of ones in what is to come, where ``labels`` are known to hold more or fewer: the shift moves by the difference of
+    the log odds. Source: King and Zeng 2001, "Logistic Regression in Rare Events Data", section 4.1 (prior correction).
 
     Maximum a posteriori with Gaussian priors of unit width / sqrt(strength) on log(scale) and shift.
     Source: Platt 1999, Probabilistic outputs for support vector machines (the link; the priors are ours).
@@ -245,4 +248,6 @@ def fit_platt(logits: np.ndarray, labels: np.ndarray, strength: float = 1.0) -> 
         return np.logaddexp(0, a).sum() - (a * y).sum() + strength * (p[0] ** 2 + p[1] ** 2) / 2
 
     found = minimize(loss, np.zeros(2), method="L-BFGS-B")
-    return float(np.exp(found.x[0])), float(found.x[1])
+    held = (y.sum() + 0.5) / (len(y) + 1)
+    moved = 0.0 if share is None else np.log(share / (1 - share)) - np.log(held / (1 - held))
+    return float(np.exp(found.x[0])), float(found.x[1] + moved)

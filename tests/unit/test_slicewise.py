@@ -148,8 +148,10 @@ def test_what_is_in_a_window_is_in_the_picture(closely):
     assert found.present == pytest.approx(1 / (1 + np.exp((each[0] - max(each)) / 2)), abs=1e-4) and found.present > 0.5
 
 
-def test_where_there_are_no_sides_a_mirrored_picture_gives_the_mirrored_outline(closely):
+@pytest.mark.parametrize("zoom", [2.0, 1.0])
+def test_where_there_are_no_sides_a_mirrored_picture_gives_the_mirrored_outline(closely, zoom):
     picture = tiny.picture(size=(64, 64))
+    closely.vlm.config.about["zoom"] = {"xray": zoom}
     mirrored = picture.with_pixels(np.ascontiguousarray(picture.pixels[..., ::-1]))
     outline = lambda one: closely.segment(Study("s", None, (one,)), "left lung").mask  # noqa: E731
     assert (outline(picture)[:, ::-1] != outline(mirrored)).mean() > 0.05

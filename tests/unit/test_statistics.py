@@ -75,6 +75,9 @@ def test_calibration_moves_towards_the_truth():
     assert scale == pytest.approx(0.5, abs=0.06) and shift == pytest.approx(-1, abs=0.12)
     loss = [float((np.logaddexp(0, a) - a * y).mean()) for a in (z, z * scale + shift)]
     assert loss[1] < loss[0]
+    rare = np.flatnonzero((y == 0) | (np.arange(len(y)) % 4 == 0))  # three of four ones left out: the fit on them, told the share of all, is that on all
+    again = fit_platt(z[rare], y[rare], share=y.mean())
+    assert again == pytest.approx((scale, shift), abs=0.25) and abs(fit_platt(z[rare], y[rare])[1] - shift) > 1
     assert fit_platt(np.zeros(0), np.zeros(0)) == (1.0, 0.0)
     scale, shift = fit_platt([5.0], [0.0])  # one pair: a small step the right way, no leap
     assert 0 < scale < 1 and -2 < shift < 0
