@@ -171,7 +171,8 @@ def segment(args: argparse.Namespace) -> int:
     named = lambda r: r.label.replace(" ", "-") + (".png" if r.mask.ndim == 2 else ".nii.gz")  # noqa: E731
     paths = [out if single or together else out / named(result) for result in found]
     try:
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
         if together:
             save_seg(found[0].image, {r.label: r.mask for r in found}, out, (model.name, model.version))
         else:

@@ -299,8 +299,8 @@ def build(
     stride = each(stride, rank)
     if ladder and (refine or not labels):
         raise ModelError("a ladder draws the labels known by name, and a refiner what the decoder has drawn: a head has one of them", "BAD_RECIPE", "give labels, and ladder or refine")
-    if shuffle != 1 and (rank != 2 or not ladder or not 1 < shuffle <= each(level_strides[0], rank)[0]):
-        raise ModelError(f"shuffle is {shuffle} with a ladder of {ladder} in {rank}-D", "BAD_RECIPE", "it is of a ladder's maps in 2-D, and at most the finest level's stride")
+    if shuffle != 1 and (rank != 2 or not ladder or shuffle < 1 or each(level_strides[0], rank)[0] % shuffle):
+        raise ModelError(f"shuffle is {shuffle} with a ladder of {ladder} in {rank}-D", "BAD_RECIPE", "it is of a ladder's maps in 2-D, and divides the finest level's stride")
     if rank not in CONV or any(n % k for n, k in zip(size, stride)):
         raise ModelError(f"an input of {size} has no whole embedding of stride {stride}", "BAD_RECIPE", "give (H, W) or (D, H, W) and a stride that divides it")
     up = (4, 4) if rank == 2 else tuple(min(4, k) for k in stride)

@@ -40,7 +40,7 @@ class Stage:
         turns: conversations a case at most. kinds: {kind of conversation: weight}. pack: tokens of a row that several
             conversations share; None gives each its own row.
         halved: share of the steps, from the first, that see pictures at half their (H, W): a quarter of the work, for much of what
-            there is to learn (progressive learning; Tan and Le 2021, arXiv:2104.00298, section 4).
+            there is to learn (progressive learning; Tan and Le 2021, arXiv:2104.00298, section 4). Only without ``turns``; val is looked at whole.
         augment: strength, 0 for none. flip: share of the cases drawn as their mirror image, words and sides exchanged.
         every: steps between two looks at val. watch: the val loss that is to fall, or "loss", their sum. patience: looks
             without a lower one after which the stage ends with its best weights; None goes on to the end.
@@ -76,9 +76,8 @@ class Stage:
             raise ModelError(f"stage {self.name}: give steps or epochs, one of them", "BAD_RECIPE")
         if wrong := next((n for n in ("batch", "every", "chunk") if not (isinstance(v := getattr(self, n), int) and v >= 1 or n == "chunk" and v is None)), None):
             raise ModelError(f"stage {self.name}: {wrong} is {getattr(self, wrong)!r}", "BAD_RECIPE", "give a whole number, 1 or more")
-        if not 0 <= self.halved <= 1 or self.halved and self.turns:
-            raise ModelError(f"stage {self.name}: halved is {self.halved!r} with {self.turns} turns", "BAD_RECIPE",
-                             "give a share of the steps, and turns=0: a conversation has as many image tokens as a whole picture")  # fmt: skip
+        if not 0 <= self.halved <= 1:
+            raise ModelError(f"stage {self.name}: halved is {self.halved!r}", "BAD_RECIPE", "give a share of the steps, 0 to 1")
         for what in ("data", "weights", "kinds"):
             if wrong := next((f"{k}: {w!r}" for k, w in getattr(self, what).items() if not isinstance(w, int | float) or not w >= 0), None):
                 raise ModelError(f"stage {self.name}: {what} holds {wrong}", "BAD_RECIPE", "a weight is a number, 0 or more")
@@ -160,7 +159,7 @@ def load(name: str) -> Recipe:
 
 
 def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """The recipe with ``stages.NAME.FIELD=VALUE`` (FIELD.KEY=VALUE in a mapping) and ``args.NAME=VALUE`` applied; values are JSON or plain words.
+    """The recipe with ``stages.NAME.FIELD=VALUE`` (FIELD.KEY=VALUE in a mapping; ``*`` for every stage) and ``args.NAME=VALUE`` applied; values are JSON or plain words.
 
     Raises:
         ModelError: BAD_RECIPE, with the nearest name there is.
@@ -179,12 +178,13 @@ def override(recipe: Recipe, settings: Iterable[str]) -> Recipe:
                 recipe = dataclasses.replace(recipe, args={**recipe.args, name: value})
             case ["stages", stage, name, *keys] if eq:
                 stages = {s.name: s for s in recipe.stages}
-                if stage not in stages:
+                if stage not in (*stages, "*"):
                     raise ModelError(f"recipe {recipe.name} has no stage {stage!r}{_nearest(stage, stages)}", "BAD_RECIPE")
                 fields = {f.name: f for f in dataclasses.fields(Stage)}
                 if name not in fields:
                     raise ModelError(f"Stage has no {name!r}{_nearest(name, fields)}", "BAD_RECIPE")
-                stages[stage] = dataclasses.replace(stages[stage], **_fitting(stages[stage], name, _within(getattr(stages[stage], name), keys, value), text))
+                for one in stages if stage == "*" else (stage,):
+                    stages[one] = dataclasses.replace(stages[one], **_fitting(stages[one], name, _within(getattr(stages[one], name), keys, value), text))
                 recipe = dataclasses.replace(recipe, stages=tuple(stages.values()))
             case _:
                 raise ModelError(f"cannot read {setting!r}: write stages.NAME.FIELD=VALUE or args.NAME=VALUE", "BAD_RECIPE")

@@ -72,7 +72,8 @@ BONES = re.compile(r"^(vertebra|rib|sternum|hip|sacrum|femur|humerus|scapula|cla
 
 def model(tokenizer, size: int = 256, dims: tuple[int, ...] = (32, 48, 96, 160, 320), dim: int = 192, layers: int = 4, embed: int = 128, ladder: int = 32, shuffle: int = 2) -> MedVLMConfig:
     """The configuration; size: side of the input in pixels, dims: channels of the encoder's levels, dim and layers: of the language model, embed: of
-    the space that pictures and captions share, ladder: channels of the map that outlines are read off."""
+    the space that pictures and captions share, ladder: channels of the map that outlines are read off, shuffle: pixels to
+    one of its cells along each axis."""
     dims, strides, square = list(dims), [2**k for k in range(1, len(dims) + 1)], (size, size)
     groups = [[f"{group}:{name}" for name in names] for group, names in GROUPS.items()]
     pyramid = {"level_dims": dims, "level_strides": strides}
@@ -298,7 +299,7 @@ RECIPE = Recipe(
     samples=samples,
     tokenizer=towers.vocabulary,
     stages=(
-        Stage("glance", "outline+classify+box", SEEING, {k: v for k, v in OUTLINES.items() if not k.endswith("/windows")}, lr=2e-3, steps=4000, batch=16, turns=0, halved=1.0,
+        Stage("glance", "outline+classify+box", SEEING, {k: v for k, v in OUTLINES.items() if "/windows" not in k}, lr=2e-3, steps=4000, batch=16, turns=0, halved=1.0,
               augment=1.0, warmup=100, every=2000),
         Stage("see", "outline+classify+box", SEEING, OUTLINES, lr=2e-3, steps=2200, batch=16, turns=0, augment=1.0, warmup=100, every=1100),
         Stage("speak", "lm+mask", SPEAKING, ANSWERS, lr=1e-3, steps=600, batch=12, turns=4, augment=0.8, warmup=50, every=300,

@@ -159,7 +159,7 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
     pictures: dict[str, list[Tensor]] = defaultdict(list)
     labels, captions, objects, told = [], [], [], []
     drawn: list[Drawn] = []
-    rows: list[tuple[Turnset, dict, Case, dict[int, Tensor]]] = []
+    rows: list[tuple[Turnset, dict, Case, dict[int, Tensor], dict[int, bool]]] = []
     for case, lot in zip(cases, lots):
         chosen = [case.turns[i] for i in _choose(case.turns, turns, kinds or {}, lot)]
         wanted, named = {t for turn in chosen for t in turn.targets}, case.named() if outlines else {}
@@ -167,6 +167,7 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
         move = not any(turn.still for turn in chosen)
         slots: dict[str, list[tuple[str, int]]] = {}
         moved: dict[int, Tensor] = {}
+        stays: dict[int, bool] = {}
         for order, (key, seen) in enumerate(case.pictures.items()):
             mine, seed = [t for t in wanted if case.on[t] == key], int(lot.integers(2**31))
             for k, (encoder, picture) in enumerate(seen):
@@ -175,6 +176,7 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
                 array = picture.numpy().astype(np.float32) / 255
                 if halved:
                     array, targets, corners = _halved(array), np.round(_halved(targets)).astype(np.uint8), corners / np.r_[np.ones(picture.ndim - 3), 2, 2]
+                most = [int(t.max()) for t in targets]
                 if strength:
                     array, targets, corners, kept = Augmentation(picture.ndim - 1, strength)(array, targets, corners, seed, move)
                     marks = marks[kept]
@@ -182,8 +184,10 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
                         way = seed % 8
                         array, targets = laid(array, way), laid(targets, way)
                 moved |= zip(mine, torch.from_numpy(np.ascontiguousarray(targets)))
+                # half of what was most covered of it, since no pixel is covered wholly by what is thin
+                stays |= {t: case.present[t] and bool((moved[t] > min(127, m // 2)).any()) for t, m in zip(mine, most)}
                 if order == k == 0:
-                    drawn += [Drawn(len(pictures[encoder]), label, case.weak[t], moved[t] if case.present[t] else None, _stays(case, t, moved)) for label, t in named.items()]
+                    drawn += [Drawn(len(pictures[encoder]), label, case.weak[t], moved[t] if case.present[t] else None, stays.get(t, False)) for label, t in named.items()]
                 if case.objects is not None and order == k == 0:
                     objects.append((len(pictures[encoder]), corners, marks))
                 slots.setdefault(key, []).append((encoder, len(pictures[encoder])))
@@ -193,7 +197,7 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
             told.append(case.objects is not None and order == 0)
         if case.captions and case.pictures:
             captions.append((next(iter(slots.values()))[0][1], case.captions[int(lot.integers(len(case.captions)))]))
-        rows += [(turn, slots, case, moved) for turn in chosen]
+        rows += [(turn, slots, case, moved, stays) for turn in chosen]
     if rows and pack:
         shared = bins([len(turn.encoded.ids) for turn, *_ in rows], pack)
         rows, together = [rows[i] for b in shared for i in b], [len(b) for b in shared]
@@ -230,11 +234,6 @@ def _halved(array: np.ndarray) -> np.ndarray:
     return np.add.reduce(np.add.reduce(pairs, -1, np.float32), -2) / 4
 
 
-def _stays(case: Case, target: int, moved: Mapping[int, Tensor]) -> bool:
-    """Whether a target is still in the picture after the move: half of what was most covered of it, since no pixel is covered wholly by what is thin."""
-    return case.present[target] and bool((moved[target] > min(127, int(case.masks[target].max()) // 2)).any())
-
-
 class Drawn(NamedTuple):
     """What is known of a label of the mask head in a picture of a batch. coverage: None where it is absent; stays: whether it is in the picture still."""
 
@@ -264,15 +263,15 @@ def _choose(turns: Sequence[Turnset], most: int, kinds: Mapping[str, float], lot
 
 
 def _masks(rows) -> dict[str, Tensor]:
-    wanted = [(case, moved, t) for turn, _, case, moved in rows for t in turn.targets]
+    wanted = [(case, moved, stays, t) for turn, _, case, moved, stays in rows for t in turn.targets]
     if not wanted:
         return {}
-    masks = [moved[t].float() / 255 for _, moved, t in wanted]
+    masks = [moved[t].float() / 255 for _, moved, _, t in wanted]
     if len({m.shape for m in masks}) > 1:
         raise ModelError("masks of several encoders' inputs in one batch", "BAD_RECIPE", "mix only data sets that one encoder sees")
     return {
-        "mask": torch.stack(masks), "weak": torch.tensor([case.weak[t] for case, _, t in wanted]),
-        "present": torch.tensor([float(_stays(case, t, moved)) for case, moved, t in wanted]), "label": torch.tensor([case.names[t] for case, _, t in wanted]),
+        "mask": torch.stack(masks), "weak": torch.tensor([case.weak[t] for case, *_, t in wanted]),
+        "present": torch.tensor([float(stays[t]) for *_, stays, t in wanted]), "label": torch.tensor([case.names[t] for case, *_, t in wanted]),
     }  # fmt: skip
 
 

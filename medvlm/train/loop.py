@@ -113,6 +113,7 @@ def _train(recipe, data, out, resume, seed, device, precision, save_minutes, wor
     if not shard:
         channels_last(model)
     optim.check(model, recipe.stages)
+    _refuse_halved(model, recipe.stages)
     if any(stage.pack for stage in recipe.stages) and not share_rows(model.lm):
         raise ModelError("conversations that share a row would leak into each other in this language model", "BAD_RECIPE", "leave pack out of the stages")
 
@@ -199,6 +200,19 @@ def fast_bf16(device: str | None = None) -> bool:
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _refuse_halved(model: MedVLM, stages) -> None:
+    """Stages that halve what cannot be halved: a conversation has as many image tokens as a whole picture, and an encoder its stride."""
+    for stage in stages:
+        if stage.halved and stage.turns:
+            raise ModelError(f"stage {stage.name}: halved is {stage.halved} with {stage.turns} turns, whose image tokens are those of whole pictures", "BAD_RECIPE", "give turns=0, or halved=0")
+        for name, encoder in model.encoders.items() if stage.halved else ():
+            if spec := getattr(encoder, "spec", None):
+                try:
+                    encoder.grid((*spec.size[:-2], *(n // 2 for n in spec.size[-2:])))
+                except ModelError as error:
+                    raise ModelError(f"stage {stage.name}: encoder {name} cannot see halved pictures: {error.message}", "BAD_RECIPE", "give it another size, or halved=0") from error
 
 
 def channels_last(model: nn.Module) -> None:

@@ -41,6 +41,7 @@ ENCODERS = {
     "monai segresnet": ("volume", {"net": "segresnet", "size": (8, 16, 16), "model": {"blocks_down": (1, 1, 1)}}),
     "monai resnet": ("volume", {"net": "resnet", "size": (16, 32, 32), "model": {"layers": (1, 1, 1, 1), "block_inplanes": (8, 16, 32, 64)}}),
     "slices": ("slices", {"encoder": {"model": "test_vit"}, "size": (3, 32, 32), "windows": ("lung",), "chunk": 2, "levels": True}),
+    "unet": ("unet", {"size": (32, 48), "dims": (16, 64)}),
     "tiles": ("tiles", {"encoder": {"model": "test_byobnet"}, "size": (64, 128), "tile": (64, 64)}),
 }  # fmt: skip
 """Each kind of encoder of pictures and volumes, small enough for a test."""

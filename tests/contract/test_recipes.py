@@ -26,7 +26,7 @@ def test_a_recipe_takes_a_step_in_every_stage(name, root, tmp_path):
     recipe = load(name)
     assert recipe.source and recipe.departs and recipe.tasks and all(parts.names("evaluate", "TASK").get(t) for t in recipe.tasks)
     deep = any(p["file"] in ("volume", "slices") for p in recipe.model(recipe.tokenizer(["a word"], recipe.args), **recipe.args).parts["encoders"].values())
-    stages = tuple(replace(s, steps=1, epochs=None, batch=4, chunk=2, turns=2, data={"deep" if deep else "flat": 1.0}, every=9) for s in recipe.stages)
+    stages = tuple(replace(s, steps=1, epochs=None, batch=4, chunk=2, turns=0 if s.halved else 2, data={"deep" if deep else "flat": 1.0}, every=9) for s in recipe.stages)
     train(replace(recipe, stages=stages, finish=None), root, tmp_path / "run", device="cpu")
     assert load_model(tmp_path / "run", "cpu").name
 

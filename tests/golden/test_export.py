@@ -216,10 +216,11 @@ def test_what_an_open_clip_folder_cannot_express_is_named(tokenizer, tmp_path):
 
 
 def outlines(seed=0, fine=None) -> MedVLM:
-    """An encoder with a mask head and a refiner, or what else reads its fine levels, and no language model."""
+    """An encoder with a mask head and a refiner, or what else reads its fine levels, and no language model; with ``shuffle`` the encoder is a U-Net's."""
+    encoder = {"file": "unet", "args": {"size": [64, 32], "dims": [24, 32, 64, 128, 256]}} if "shuffle" in (fine or {}) else {"file": "image", "args": {"model": "test_byobnet", "size": [64, 32]}}
     torch.manual_seed(seed)
     return shaken(MedVLM(MedVLMConfig(parts={
-        "encoders": {"picture": {"file": "image", "args": {"model": "test_byobnet", "size": [64, 32]}}},
+        "encoders": {"picture": encoder},
         "heads": {"mask": {"file": "mask", "args": {"level_dims": [24, 32, 64, 128, 256], "level_strides": [2, 4, 8, 16, 32], "lm_dim": 8, "size": [64, 32],
                                                     "dim": 16, "heads": 2, "depth": 1, **(fine or {"refine": 4})}}},
     }, about={"name": "outlines", "routes": {"*": "picture"}})))  # fmt: skip
@@ -227,7 +228,7 @@ def outlines(seed=0, fine=None) -> MedVLM:
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize(("form", "fine"), [("torch", None), ("onnx", None), ("torch", {"ladder": 4, "labels": ["lung"]})])
+@pytest.mark.parametrize(("form", "fine"), [("torch", None), ("onnx", None), ("torch", {"ladder": 4, "labels": ["lung"]}), ("onnx", {"ladder": 4, "labels": ["lung"], "shuffle": 2})])
 def test_encoders_and_mask_heads_run_without_this_package(tmp_path, form, fine):
     model = outlines(fine=fine)
     gaps = export.FORMS[form](model, tmp_path)

@@ -23,7 +23,7 @@ from medvlm.train import objectives
 from medvlm.train.augment import laid
 from medvlm.train.batches import Batches, Cases, Room
 from medvlm.train.data import draw, prepare
-from medvlm.train.loop import _Losses, _Stage
+from medvlm.train.loop import _Losses, _refuse_halved, _Stage
 from medvlm.vlm import MedVLM, Output
 
 DIMS, STRIDES = (4, 6, 8), (2, 4, 8)
@@ -82,10 +82,10 @@ def test_a_cell_of_the_ladder_tells_its_own_pixels():
     assert drawn.logits.shape == (2, 32, 48) and torch.equal(drawn.logits[0], maps[1, 0]) and torch.equal(one.maps(one.embed(features)), maps)
 
 
-@pytest.mark.parametrize("given", [{"refine": 4}, {"labels": ()}, {"ladder": 0, "shuffle": 2}, {"shuffle": 4}, {"shuffle": 0}])
+@pytest.mark.parametrize("given", [{"refine": 4}, {"labels": ()}, {"ladder": 0, "shuffle": 2}, {"shuffle": 4}, {"shuffle": 0}, {"level_strides": (4, 8, 16), "shuffle": 3}])
 def test_a_head_has_a_ladder_or_a_refiner_and_names_for_it(given):
     with pytest.raises(MedVLMError) as error:
-        build(DIMS, STRIDES, 12, (32, 48), **{"dim": 16, "heads": 2, "labels": ("a",), "ladder": 4, **given})
+        build(**{"level_dims": DIMS, "level_strides": STRIDES, "lm_dim": 12, "size": (32, 48), "dim": 16, "heads": 2, "labels": ("a",), "ladder": 4, **given})
     assert error.value.code == "BAD_RECIPE"
 
 
@@ -138,6 +138,9 @@ def test_a_halved_picture_is_the_mean_of_its_pixels_with_its_outlines_and_boxes(
     torch.testing.assert_close(half.images[name], F.avg_pool2d(whole.images[name], 2))
     torch.testing.assert_close(half.targets["outline"]["mask"].float(), F.avg_pool2d(whole.targets["outline"]["mask"].float(), 2).round())
     assert half.targets["boxes"]["corners"].tolist() == [[[4.0, 2.0], [10.0, 15.0]]]
+    case.masks[0] = torch.zeros(64, 64, dtype=torch.uint8)
+    case.masks[0][:, 20] = 200  # a line one pixel wide, half covered once it is halved
+    assert draw([case], tokenizer, [np.random.default_rng(0)], turns=0, outlines=True, halved=True).targets["outline"]["label"].tolist() == [0]
     case.pictures[picture.id] = [(name, case.pictures[picture.id][0][1][:, :63])]
     with pytest.raises(MedVLMError, match="63 x 64") as error:
         draw([case], tokenizer, [np.random.default_rng(0)], turns=0, halved=True)
@@ -152,8 +155,15 @@ def test_the_first_share_of_the_steps_is_halved():
     source = Cases("set", [group], lambda g: prepare(model, tokenizer, g), Room(1 << 20))
     sides = [next(iter(parts[0].images.values())).shape[-1] for parts in Batches(stage, (0, 0), {"set": source}, tokenizer, 0)]
     assert sides == [32, 32, 64, 64]
+    _refuse_halved(model, [stage])
     with pytest.raises(MedVLMError, match="image tokens"):
-        replace(stage, turns=1)
+        _refuse_halved(model, [replace(stage, turns=1)])
+    with pytest.raises(MedVLMError, match="halved is 2"):
+        replace(stage, halved=2)
+    model.encoders["picture"].spec = replace(model.encoders["picture"].spec, size=(64, 96))
+    with pytest.raises(MedVLMError, match="encoder picture cannot see halved pictures") as error:
+        _refuse_halved(model, [stage])
+    assert error.value.code == "BAD_RECIPE"
 
 
 def photograph(size=(100, 130)):

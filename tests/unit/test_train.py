@@ -234,6 +234,8 @@ def test_settings_change_their_field_alone():
     made = override(RECIPE, ["stages.see.lr=1", "stages.see.train=lm.*", 'stages.speak.train=["lm.*","heads.*"]', "args.width=64", "stages.speak.steps=9"])
     assert made.stages[0] == replace(RECIPE.stages[0], lr=1.0, train=("lm.*",)) and made.stages[1].train == ("lm.*", "heads.*")
     assert made.args == {"width": 64} and made.stages[1].steps == 9 and RECIPE.stages[0].lr == 2e-3
+    every = override(RECIPE, ["stages.*.steps=0", 'stages.*.data={"mine": 1}'])
+    assert every.stages == tuple(replace(s, steps=0, epochs=None, data={"mine": 1}) for s in RECIPE.stages)
 
 
 def test_a_recipe_is_a_name_or_a_file(tmp_path):
