@@ -1,8 +1,8 @@
 """Made anatomy with words, for training, tests and whoever has no data: ``python -m medvlm.datasets.phantom OUT --count 300 --kind mixed``.
 
 Bodies by lot (:mod:`.phantom_trunk`, :mod:`.phantom_head`), healthy or not (:mod:`.phantom_findings`), as CT (int16, HU), MR (T1 or T2 by tissue) or frontal
-chest X-ray (PNG, 8 bit), in the manifest's layout (docs/manifest.md): outlines, boxes, findings, a short report, questions. It says
-nothing of any patient (``"synthetic": true`` in every row).
+chest X-ray (PNG, 8 bit), and photographs of healthy eyes (:mod:`.phantom_eye`), in the manifest's layout (docs/manifest.md): outlines, boxes, findings, a
+short report, questions. It says nothing of any patient (``"synthetic": true`` in every row).
 
 What there is to learn
 - Findings of each kind of picture (``FINDINGS``): each is in as many images as any other. A side is the patient's, a zone a third of
@@ -53,6 +53,7 @@ from .phantom_canvas import (
     points_of,
     turned_by,
 )
+from .phantom_eye import photographed
 from .phantom_film import developed, lettered, mediastinum, project, rays, resized, threads
 from .phantom_findings import BELLY, CHEST, HEAD, ZONES, add
 from .phantom_head import Head
@@ -60,11 +61,13 @@ from .phantom_trunk import Trunk
 from .shapes import STORED, listed, patients, pick, told
 
 FINDINGS = {"chest-xray": CHEST, "chest-ct": CHEST, "abdomen-ct": BELLY, "head-ct": HEAD,
-            "abdomen-mr": tuple(f for f in BELLY if f != "kidney stone"), "head-mr": HEAD}  # fmt: skip
-"""{kind: what is looked for}."""
+            "abdomen-mr": tuple(f for f in BELLY if f != "kidney stone"), "head-mr": HEAD, "eye-fundus": ()}  # fmt: skip
+"""{kind: what is looked for}; of an eye its side and its vessels alone."""
+FLAT = ("xray", "fundus")
+"""Modalities of single pictures."""
 SIZE = {2: (256, 256), 3: (64, 128, 128)}
 LEAST = {2: (64, 64), 3: (16, 48, 48)}
-MOST = {"chest": 4, "abdomen": 3, "head": 3}
+MOST = {"chest": 4, "abdomen": 3, "head": 3, "eye": 0}
 """Findings in one image: any number up to this, each as often."""
 OUTLINED = {"consolidation": "consolidation", "ground-glass opacity": "ground_glass_opacities", "pleural effusion": "pleural_effusion",
             "pneumothorax": "pneumothorax", "nodule": "nodule", "mass": "mass"}  # fmt: skip
@@ -135,7 +138,7 @@ def _checked(count: int, kind: str, seed: int, size: Sequence[int] | None) -> _S
         refuse(f"count {count} and seed {seed} must be at least 10 and 0")
     sizes = dict(SIZE)
     if size is not None:
-        rank = 2 if kind == "chest-xray" else 3
+        rank = 2 if kind.endswith(FLAT) else 3
         if kind == "mixed" or len(size) != rank or any(n < least for n, least in zip(size, LEAST[rank])):
             refuse(f"size {tuple(size)} of {kind} must have {rank} numbers, at least {LEAST[rank]}, and of mixed there is none to give")
         sizes[rank] = tuple(int(n) for n in size)
@@ -164,14 +167,16 @@ def _row(folder: Path, made: _Set, number: int, kind: str, findings: Sequence[st
     """Draw, write and describe one image."""
     lot, id = made.lot(2, number), f"{made.name}-{number:05d}"
     part, modality = kind.split("-")
+    about = {"id": id, "modality": modality, "split": split, "patient": f"{made.name}-p{patient:04d}", "synthetic": True}
+    if modality == "fundus":
+        return {**about, **_eye(folder, id, made.size[2], lot)}
     draw = _xray if modality == "xray" else _scan
     person = body(kind, findings, made.lot(3, patient), lot)
     more, said, shown = draw(folder, id, kind, person, findings, made.size[2 if modality == "xray" else 3], lot)
     seen = {s["finding"] for s in said}
     found = {f: 1 if f in seen else None if f in findings else 0 for f in FINDINGS[kind]}  # drawn, yet behind something: nobody can say
     return {
-        "id": id, "modality": modality, "split": split, "patient": f"{made.name}-p{patient:04d}", "synthetic": True, **more,
-        **_report(kind, found, said, lot), "findings": found, "objects": said,
+        **about, **more, **_report(kind, found, said, lot), "findings": found, "objects": said,
         "labels": {"body_part": part, **more["labels"]}, "qa": _questions(id, found, said, shown, lot),
     }  # fmt: skip
 
@@ -310,6 +315,18 @@ def _xray(folder: Path, id: str, kind: str, made: Trunk, findings: Sequence[str]
             }, said, {"heart": True, "trachea": True, "brain": False, "urinary_bladder": False}  # fmt: skip
 
 
+def _eye(folder: Path, id: str, size: Sequence[int], lot: np.random.Generator) -> dict[str, Any]:
+    """The fields of a photograph's row."""
+    from PIL import Image as Pillow
+
+    picture, vessels, eye = photographed(size, lot)
+    image, mask = f"images/{id}.png", f"masks/{id}__vessel.png"
+    Pillow.fromarray(picture).save(folder / image)
+    Pillow.fromarray(vessels).save(folder / mask)
+    asked = [("eye", f"Is this the {side} eye?", "yes" if side == eye else "no") for side in SIGN]
+    return {"image": image, "labels": {"body_part": "eye", "eye": eye}, "mask": {"type": "binary", "files": {"vessel": mask}}, "qa": _numbered(id, asked, lot)}
+
+
 def _phrase(one: Mapping[str, str], lot: np.random.Generator) -> str:
     """A finding that is there, in a sentence."""
     name, side, zone = one["finding"], one.get("side") or None, one.get("zone")
@@ -353,6 +370,11 @@ def _questions(id: str, found: Mapping[str, int | None], said: Sequence[Mapping[
     there, away = ([n for n, v in shown.items() if v == value] for value in (True, False))
     if there and away:
         ask("organ", "Does this image show the {}?", *(sentences.spoken(pick(lot, names)) for names in (there, away)))
+    return _numbered(id, asked, lot)
+
+
+def _numbered(id: str, asked: Sequence[tuple[str, str, str]], lot: np.random.Generator) -> list[dict[str, Any]]:
+    """Rows of (about, question, answer), those about the same a pair."""
     return [{"qid": f"{id}-q{n}", "question": asked[i][1], "answer": asked[i][2], "type": "CLOSED", "category": [asked[i][0]],
              "choices": ["yes", "no"], "pair": f"{id}-{asked[i][0]}"} for n, i in enumerate(lot.permutation(len(asked)))]  # fmt: skip
 

@@ -105,7 +105,20 @@ class MaskHead(nn.Module):
 
     def outlines(self, features: Features) -> Tensor:
         """:meth:`maps` of these features, without what only prompts need."""
-        return self._read(self.neck(features) if self.ladder is None else self.ladder(features))
+        return self._read(self._fine(features))
+
+    def outlined(self, features: Features, image: Tensor, label: Tensor) -> Tensor:
+        """``outlines(features)[image, label]``, (n, *grid): the maps of these labels alone are computed, which of many labels is a fraction."""
+        fine, cells = self._fine(features), self.shuffle**2
+        weight, bias = self.dense.weight.flatten(1).unflatten(0, (-1, cells)), self.dense.bias.unflatten(0, (-1, cells))
+        order = image.argsort()
+        wanted = label[order].split(torch.bincount(image, minlength=len(fine)).tolist())
+        rows = [F.linear(x, weight[k].flatten(0, 1), bias[k].flatten()).T for x, k in zip(fine.movedim(1, -1).flatten(1, -2), wanted)]
+        maps = torch.cat(rows).unflatten(1, fine.shape[2:]).unflatten(0, (-1, cells))[order.argsort()]
+        return (maps if self.shuffle == 1 else F.pixel_shuffle(maps, self.shuffle))[:, 0]
+
+    def _fine(self, features: Features) -> Tensor:
+        return self.neck(features) if self.ladder is None else self.ladder(features)
 
     def _read(self, map: Tensor) -> Tensor:
         maps = self.dense(map)

@@ -51,11 +51,11 @@ REPORTED = ("ground-glass opacity", "consolidation", "cardiomegaly", "endotrache
 GROUPS = {"modality": ("xray", "ct", "mr", "fundus", "pathology"), "view": ("PA", "AP"), "plane": ("axial", "coronal", "sagittal"),
           "part": ("head", "chest", "abdomen", "eye"), "eye": ("right", "left")}  # fmt: skip
 """What is known of a whole picture: one of each, where it has any."""
-ZOOM, SCALE = {"fundus": 3.9}, {"pathology": 1.0}
+ZOOM, SCALE = {"fundus": 3.9}, {"pathology": 1.5}
 """How closely a picture is looked at where it is outlined: times the resolution at which it fits whole, since every fundus camera
 shows the eye as large, and pixels of the input for one of the picture."""
-WINDOW = 256
-"""Pixels of the training pictures in a window of 256, which is both of these."""
+WINDOW = {"fundus": 256, "pathology": 170}
+"""Pixels of the training pictures in a window of 256, which are these."""
 SHOWN = ("soft tissue", "brain", "lung", (400.0, 1800.0))
 """Windows through which slices of CT are exported as pictures; the last is for bone."""
 COMPLETE = 10
@@ -114,7 +114,7 @@ def samples(group: list[Sample], name: str, split: str) -> Iterator[Sample]:
     first = group[0]
     image = next(iter(first.images.values()))
     if part == "windows":
-        for one in windowed(group, WINDOW):
+        for one in windowed(group, WINDOW[image.modality]):
             for s in instruct.conversations(one, OUTLINED[image.modality], (), kinds=("segment",), absent=OUTLINED[image.modality], variety=0):
                 yield replace(s, meta={**s.meta, "unsided": True})
     elif isinstance(image, Volume):
@@ -286,11 +286,11 @@ def calibrate(model, tokenizer, val: list[Sample]) -> dict:
 SEEING = {"encoders.picture.*": 1.0, "heads.mask.ladder.*": 1.0, "heads.mask.dense.*": 1.0, "heads.classify.*": 1.0, "heads.box.*": 1.0}
 SPEAKING = {"projectors.*": 1.0, "lm.*": 1.0, "heads.mask.*": 1.0, "heads.mask.ladder.*": 0.0, "heads.mask.dense.*": 0.0}
 """What is seen stays as it was learnt: a few hundred conversations would only blur it."""
-SCANS = {"phantom_chest_ct": 0.5, "phantom_abdomen_ct": 0.9, "phantom_head_ct": 0.3, "phantom_abdomen_mr": 0.3, "phantom_head_mr": 0.3}
-OUTLINES = {"xray_covid": 1.5, "xray_covid/outlined": 3.0, "phantom_films": 1.5, "fundus_chase": 0.5, "fundus_chase/windows": 4.0, "path_bccd": 1.5,
-            "path_dsb_nuclei": 0.3, "path_dsb_nuclei/windows": 4.0, "vol_totalseg": 1.5, "vol_deeplesion": 0.3, "vqa_rad": 1.5, **SCANS}  # fmt: skip
+MADE = {"phantom_chest_ct": 0.5, "phantom_abdomen_ct": 0.9, "phantom_head_ct": 0.3, "phantom_abdomen_mr": 0.3, "phantom_head_mr": 0.3, "phantom_fundus": 0.7}
+OUTLINES = {"xray_covid": 1.5, "xray_covid/outlined": 3.0, "phantom_films": 1.5, "fundus_chase": 0.8, "fundus_chase/windows": 4.0, "path_bccd": 1.5,
+            "path_dsb_nuclei": 0.3, "path_dsb_nuclei/windows": 4.0, "vol_totalseg": 1.5, "vol_deeplesion": 0.3, "vqa_rad": 1.5, **MADE}  # fmt: skip
 ANSWERS = {"xray_covid": 3.0, "xray_covid/outlined": 2.0, "phantom_films": 1.5, "fundus_chase": 0.7, "fundus_chase/windows": 1.0, "path_bccd": 0.8,
-           "path_dsb_nuclei": 0.5, "path_dsb_nuclei/windows": 1.0, "vol_totalseg": 0.8, "vol_deeplesion": 0.3, "vqa_rad": 6.0, **SCANS, "report_iu": 3.0}  # fmt: skip
+           "path_dsb_nuclei": 0.5, "path_dsb_nuclei/windows": 1.0, "vol_totalseg": 0.8, "vol_deeplesion": 0.3, "vqa_rad": 6.0, **MADE, "report_iu": 3.0}  # fmt: skip
 RECIPE = Recipe(
     name="medvlm_tiny",
     source="this project; mask tokens after LISA (arXiv:2308.00692), decoder of Segment Anything (arXiv:2304.02643), ladder after U-Net (arXiv:1505.04597)",
@@ -299,8 +299,8 @@ RECIPE = Recipe(
     samples=samples,
     tokenizer=towers.vocabulary,
     stages=(
-        Stage("glance", "outline+classify+box", SEEING, {k: v for k, v in OUTLINES.items() if "/windows" not in k}, lr=2e-3, steps=4000, batch=16, turns=0, halved=1.0,
-              augment=1.0, warmup=100, every=2000),
+        Stage("glance", "outline+classify+box", SEEING, {k: v for k, v in OUTLINES.items() if "/windows" not in k}, lr=2e-3, steps=3000, batch=16, turns=0, halved=1.0,
+              augment=1.0, warmup=100, every=1500),
         Stage("see", "outline+classify+box", SEEING, OUTLINES, lr=2e-3, steps=2200, batch=16, turns=0, augment=1.0, warmup=100, every=1100),
         Stage("speak", "lm+mask", SPEAKING, ANSWERS, lr=1e-3, steps=600, batch=12, turns=4, augment=0.8, warmup=50, every=300,
               kinds={"segment": 4.0, "asked": 3.0, "finding": 1.5, "describe": 0.7, "modality": 0.7, "view": 0.7, "plane": 0.5, "organ": 0.7, "abnormal": 0.5,

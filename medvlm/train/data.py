@@ -23,6 +23,8 @@ from .augment import Augmentation, laid
 CAPTIONS = ("caption", "report", "facts")
 """Kinds of conversation whose answer is a text about the whole image: what a contrastive objective pairs it with."""
 
+LAID = 0.5
+"""Share of a stage's augmentation for what is laid one of eight ways besides."""
 LONGEST = 2048
 """Tokens of a conversation where the language model names no limit."""
 
@@ -178,7 +180,7 @@ def draw(cases: Sequence[Case], tokenizer, lots: Sequence[np.random.Generator], 
                     array, targets, corners = _halved(array), np.round(_halved(targets)).astype(np.uint8), corners / np.r_[np.ones(picture.ndim - 3), 2, 2]
                 most = [int(t.max()) for t in targets]
                 if strength:
-                    array, targets, corners, kept = Augmentation(picture.ndim - 1, strength)(array, targets, corners, seed, move)
+                    array, targets, corners, kept = Augmentation(picture.ndim - 1, strength * (LAID if case.unsided else 1))(array, targets, corners, seed, move)
                     marks = marks[kept]
                     if case.unsided:
                         way = seed % 8

@@ -147,13 +147,15 @@ def outline(model: MedVLM, batch: Batch, out: Output, absent: float = 0.5, tvers
     told = batch.targets.get("outline")
     if told is None:
         return {}
-    maps, losses = model.heads["mask"].outlines(_seen(model, batch, out)), {}
-    if len(told["image"]):
+    there, losses = len(told["image"]), {}
+    image, label = torch.cat([told["image"], told["none"][:, 0]]), torch.cat([told["label"], told["none"][:, 1]])
+    maps = model.heads["mask"].outlined(_seen(model, batch, out), image, label)
+    if there:
         share = 1 / torch.bincount(told["image"])[told["image"]]
-        each = mask_losses(maps[told["image"], told["label"]], None, told["mask"].float() / 255, told["weak"], tversky, focal)
+        each = mask_losses(maps[:there], None, told["mask"].float() / 255, told["weak"], tversky, focal)
         losses["outline"] = (each * share).sum() / share.sum()
     if len(told["none"]):
-        losses["empty"] = absent * F.softplus(maps[told["none"][:, 0], told["none"][:, 1]].float()).mean()
+        losses["empty"] = absent * F.softplus(maps[there:].float()).mean()
     return losses
 
 

@@ -527,7 +527,7 @@ FROZEN = {
     ("xray_covid", "val"): (1407, "e45e32d2df232068"),
     ("xray_covid/outlined", "train"): (3889, "0bad6e5852def391"),
     ("fundus_chase/windows", "val"): (98, "b4e917e732eae2d8"),
-    ("path_dsb_nuclei/windows", "val"): (54, "dc281804adeb5b38"),
+    ("path_dsb_nuclei/windows", "val"): (234, "f8f468ee9eb7831a"),
     ("vqa_rad", "train"): (4785, "2074335c3a5e854a"),
     ("vqa_rad", "val"): (1148, "ed8f0d2a8097e628"),
     ("fundus_chase", "train"): (736, "10fd8837e2f86af4"),

@@ -82,6 +82,15 @@ def test_a_cell_of_the_ladder_tells_its_own_pixels():
     assert drawn.logits.shape == (2, 32, 48) and torch.equal(drawn.logits[0], maps[1, 0]) and torch.equal(one.maps(one.embed(features)), maps)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("given", [{}, {"shuffle": 2}, {"ladder": 0}])
+def test_some_maps_alone_are_those_of_all(given):
+    one, features = head(**given), levels(3)
+    image, label = torch.tensor([2, 0, 2, 0]), torch.tensor([1, 0, 0, 0])
+    torch.testing.assert_close(one.outlined(features, image, label), one.outlines(features)[image, label])
+    assert not len(one.outlined(features, image[:0], label[:0]))
+
+
 @pytest.mark.parametrize("given", [{"refine": 4}, {"labels": ()}, {"ladder": 0, "shuffle": 2}, {"shuffle": 4}, {"shuffle": 0}, {"level_strides": (4, 8, 16), "shuffle": 3}])
 def test_a_head_has_a_ladder_or_a_refiner_and_names_for_it(given):
     with pytest.raises(MedVLMError) as error:
