@@ -9,6 +9,7 @@ import pytest
 from medvlm.datasets import facts, instruct, manifest, mirror, phantom
 from medvlm.datasets.checks import refuse_leaks
 from medvlm.datasets.phantom_canvas import Canvas, egg, turned_by
+from medvlm.datasets.phantom_eye import photographed
 from medvlm.datasets.phantom_film import WATER, attenuation, project
 from medvlm.errors import ModelError, UsageError
 from medvlm.evaluate.perturb import mirrored
@@ -285,8 +286,41 @@ def test_the_mirror_image_of_a_sample_is_consistent(folders):
     assert (after.voxels == np.flip(before.voxels, axis + 1)).all()
 
 
+def test_the_disc_lies_towards_the_nose_and_the_fovea_is_without_vessels():
+    """Of a right eye the nose is on the right of the picture."""
+    from scipy.ndimage import gaussian_filter
+
+    sides, apart = Counter(), 0
+    for seed in range(30):
+        picture, vessels, eye = photographed((128, 160), np.random.default_rng(seed))
+        assert picture.shape == (128, 160, 3) and picture.dtype == np.uint8 and vessels.shape == (128, 160) and 0.02 < vessels.mean() < 0.25
+        assert picture[vessels][:, 1].mean() < 0.9 * picture[~vessels & (picture[..., 0] > 30)][:, 1].mean()  # darker than the ground in green
+        disc = np.unravel_index(gaussian_filter(picture[..., 1].astype(float), 5).argmax(), vessels.shape)
+        off = (disc[1] - 80) / 64
+        if abs(off) > 0.25:
+            assert (off > 0) == (eye == "right"), seed
+            apart += 1
+        sides[eye] += 1
+    assert apart > 8 and min(sides.values()) > 8
+
+
+def test_whose_eye_it_is_is_asked_in_pairs_and_follows_the_mirror(tmp_path):
+    folder, eyes = phantom.write(tmp_path / "eyes", 10, "eye-fundus", 2, (96, 96)), set()
+    for row in manifest.rows(folder):
+        assert row["modality"] == "fundus" and row["labels"]["body_part"] == "eye" and row["synthetic"] is True
+        eye = row["labels"]["eye"]
+        eyes.add(eye)
+        assert {q["question"]: q["answer"] for q in row["qa"]} == {f"Is this the {side} eye?": "yes" if side == eye else "no" for side in ("right", "left")}
+        asked = [s for s in manifest.row_samples(row) if s.question]
+        twins = [mirror.mirror(s) for s in asked]
+        assert len({q["pair"] for q in row["qa"]}) == 1 and [t.answer for t in twins] == [s.answer for s in asked] and {t.question for t in twins} == {s.question for s in asked}
+        (picture,) = manifest.open_images(row)
+        assert [m.label for m in manifest.read_masks(row, picture)] == ["vessel"]
+    assert eyes == {"right", "left"}
+
+
 def test_same_seed_same_bytes(tmp_path):
-    for kind, size in (("chest-xray", (64, 64)), ("head-mr", (16, 48, 48))):
+    for kind, size in (("chest-xray", (64, 64)), ("head-mr", (16, 48, 48)), ("eye-fundus", (64, 64))):
         once, again, other = ({p.relative_to(f): p.read_bytes() for p in sorted(f.rglob("*")) if p.is_file()} for f in (
             phantom.write(tmp_path / f"{kind}{name}", 10, kind, seed, size) for name, seed in (("a", 3), ("b", 3), ("c", 4))))  # fmt: skip
         assert once == again and not {v for k, v in once.items() if "images" in str(k)} & set(other.values())
