@@ -58,13 +58,11 @@ from .phantom_film import developed, lettered, mediastinum, project, rays, resiz
 from .phantom_findings import BELLY, CHEST, HEAD, ZONES, add
 from .phantom_head import Head
 from .phantom_trunk import Trunk
-from .shapes import STORED, listed, patients, pick, told
+from .shapes import STORED, patients, pick, told
 
 FINDINGS = {"chest-xray": CHEST, "chest-ct": CHEST, "abdomen-ct": BELLY, "head-ct": HEAD,
             "abdomen-mr": tuple(f for f in BELLY if f != "kidney stone"), "head-mr": HEAD, "eye-fundus": ()}  # fmt: skip
 """{kind: what is looked for}; of an eye its side and its vessels alone."""
-FLAT = ("xray", "fundus")
-"""Modalities of single pictures."""
 SIZE = {2: (256, 256), 3: (64, 128, 128)}
 LEAST = {2: (64, 64), 3: (16, 48, 48)}
 MOST = {"chest": 4, "abdomen": 3, "head": 3, "eye": 0}
@@ -138,7 +136,7 @@ def _checked(count: int, kind: str, seed: int, size: Sequence[int] | None) -> _S
         refuse(f"count {count} and seed {seed} must be at least 10 and 0")
     sizes = dict(SIZE)
     if size is not None:
-        rank = 2 if kind.endswith(FLAT) else 3
+        rank = 2 if kind.endswith(("xray", "fundus")) else 3
         if kind == "mixed" or len(size) != rank or any(n < least for n, least in zip(size, LEAST[rank])):
             refuse(f"size {tuple(size)} of {kind} must have {rank} numbers, at least {LEAST[rank]}, and of mixed there is none to give")
         sizes[rank] = tuple(int(n) for n in size)
@@ -342,7 +340,7 @@ def _report(kind: str, found: Mapping[str, int | None], said: Sequence[Mapping[s
     there, lacking = [_phrase(s, lot) for s in said], [f for f, v in found.items() if v == 0]
     style = pick(lot, (0, 1, 2))
     none = [pick(lot, sentences.variants(f, "absent")) if style == 1 else f"No {f}." for f in lacking]
-    none = [f"No {listed(lacking, 'or')}."] if style == 0 and lacking else none
+    none = [f"No {sentences.listed(lacking, 'or')}."] if style == 0 and lacking else none
     findings = " ".join(there + none)
     impression = " ".join(there) or "None of the findings that were looked for."
     return {"text": f"FINDINGS: {findings} IMPRESSION: {impression}", "sections": {"findings": findings, "impression": impression}}

@@ -66,6 +66,11 @@ def plural(name: str) -> str:
     return f"{name[:-1]}ces" if name.endswith("thorax") else f"{name}es" if name.endswith("s") else f"{name}s"
 
 
+def listed(items: Sequence[str], last: str = "and") -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return f" {last} ".join(filter(None, (", ".join(items[:-1]), items[-1])))
+
+
 def many(name: str) -> bool:
     """Whether a name is of several things ("vessels"), by its ending."""
     return bool(_MANY.search(name))

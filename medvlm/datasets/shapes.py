@@ -46,6 +46,7 @@ from ..imaging.nifti import save_nifti
 from ..imaging.scan import Volume
 from .facts import FLAT
 from .manifest import MODALITIES
+from .sentences import listed
 
 SHAPES = ("disc", "square", "ring", "bar", "cross")
 SIDES = ("right", "left")
@@ -322,10 +323,6 @@ def _place(kind: _Kind, o: _Object) -> str:
 
 def _described(kind: _Kind, o: _Object) -> str:
     return f"{o['size']} {o['brightness']} {o['shape']} in the {_place(kind, o)}"
-
-
-def listed(items: Sequence[str], last: str = "and") -> str:
-    return f" {last} ".join(filter(None, (", ".join(items[:-1]), items[-1])))
 
 
 def _absent(objects: Sequence[_Object]) -> list[str]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..datasets import facts, sentences
-from ..datasets.shapes import listed
 from ..imaging.scan import Image, Volume
 from ..sample import Finding, Measurement, Region, Report, Segmentation, Sentence
 
@@ -46,9 +45,9 @@ def report(picture: Image | Volume, modality: str, chances: Mapping[str, float],
         found.append(Finding(kind, True, boxes[0].probability, boxes, (Measurement("count", len(boxes), "1"),)))
         said.append(Sentence(f"{len(boxes)} {kind} {'are' if len(boxes) > 1 else 'is'} seen.", boxes, "findings", (len(found) - 1,)))
     if unsure:
-        said.append(Sentence(f"The {listed([found[k].label for k in unsure], 'and')} may be there but could not be outlined.", (), "findings", tuple(unsure)))
+        said.append(Sentence(f"The {sentences.listed([found[k].label for k in unsure], 'and')} may be there but could not be outlined.", (), "findings", tuple(unsure)))
     if missing:
-        said.append(Sentence(f"No {listed([found[k].label for k in missing], 'or')} {'are' if sentences.many(found[missing[-1]].label) else 'is'} seen.", (), "findings", tuple(missing)))
+        said.append(Sentence(f"No {sentences.listed([found[k].label for k in missing], 'or')} {'are' if sentences.many(found[missing[-1]].label) else 'is'} seen.", (), "findings", tuple(missing)))
     return Report(tuple(said), tuple(found))
 
 
