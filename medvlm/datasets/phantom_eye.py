@@ -1,8 +1,8 @@
 """A made photograph of the back of an eye: disc, macula and vessels, from which its side can be told.
 
 Lengths are in disc diameters from the middle of the optic disc, x towards the temple, y up. The fovea lies 2.5 of them from it and a
-little lower, and the temporal vessels run round it in two arcs. Source: Jonas et al. 2015, "Optic disc - fovea distance, axial length
-and parapapillary zones", PLoS ONE 10:e0138701 (4.8 mm, of discs of 1.8 mm).
+little lower, and the temporal vessels run round it in two arcs. Source: Jonas et al. 2015, PLoS ONE 10:e0138701: the fovea is 2.65
+(deviation 0.30) disc diameters away. How vessels run, their widths and all colours were chosen by eye, beside photographs.
 """
 
 from __future__ import annotations

@@ -286,7 +286,7 @@ def test_the_mirror_image_of_a_sample_is_consistent(folders):
     assert (after.voxels == np.flip(before.voxels, axis + 1)).all()
 
 
-def test_the_disc_lies_towards_the_nose_and_the_fovea_is_without_vessels():
+def test_the_disc_lies_towards_the_nose_and_vessels_are_dark():
     """Of a right eye the nose is on the right of the picture."""
     from scipy.ndimage import gaussian_filter
 
