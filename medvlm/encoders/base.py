@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..preprocess import InputSpec
 
+CONV, NORM = {2: nn.Conv2d, 3: nn.Conv3d}, {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
 
 class Features(NamedTuple):
     """tokens: (B, N, C), N == prod(grid), last axis fastest, no CLS and no registers. pooled: (B, C).
@@ -70,6 +72,15 @@ def quarters(depth: int) -> tuple[int, ...]:
     Source: DPT, Ranftl et al. 2021, arXiv:2103.13413, section 3 (blocks 3, 6, 9, 12 of a ViT-B).
     """
     return tuple(sorted({-(-depth * k // 4) for k in (1, 2, 3, 4)}))
+
+
+def twice(width: int, out: int, rank: int = 2) -> nn.Sequential:
+    """(B, width, *grid) -> (B, out, *grid): two convolutions, each with a batch norm and a ReLU.
+
+    Source: U-Net, Ronneberger et al. 2015, arXiv:1505.04597, section 2; there without norms.
+    """
+    step = lambda a, b: (CONV[rank](a, b, 3, padding=1, bias=False), NORM[rank](b), nn.ReLU())  # noqa: E731
+    return nn.Sequential(*step(width, out), *step(out, out))
 
 
 def as_map(tokens: Tensor, grid: tuple[int, ...]) -> Tensor:

@@ -9,18 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..preprocess import InputSpec
-from .base import Encoder, Features
-
-CONV, NORM = {2: nn.Conv2d, 3: nn.Conv3d}, {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-
-
-def twice(width: int, out: int, rank: int = 2) -> nn.Sequential:
-    """(B, width, *grid) -> (B, out, *grid): two convolutions, each with a batch norm and a ReLU.
-
-    Source: U-Net, Ronneberger et al. 2015, arXiv:1505.04597, section 2; there without norms.
-    """
-    step = lambda a, b: (CONV[rank](a, b, 3, padding=1, bias=False), NORM[rank](b), nn.ReLU())  # noqa: E731
-    return nn.Sequential(*step(width, out), *step(out, out))
+from .base import Encoder, Features, twice
 
 
 class UNet(Encoder):

@@ -24,8 +24,7 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransfor
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
-from ..encoders.base import Features
-from ..encoders.unet import CONV, twice
+from ..encoders.base import CONV, Features, twice
 from ..errors import ModelError
 from .volume import LayerNorm3d, VolumePromptEncoder, volume_decoder
 
@@ -115,13 +114,16 @@ class MaskHead(nn.Module):
         wanted = label[order].split(torch.bincount(image, minlength=len(fine)).tolist())
         rows = [F.linear(x, weight[k].flatten(0, 1), bias[k].flatten()).T for x, k in zip(fine.movedim(1, -1).flatten(1, -2), wanted)]
         maps = torch.cat(rows).unflatten(1, fine.shape[2:]).unflatten(0, (-1, cells))[order.argsort()]
-        return (maps if self.shuffle == 1 else F.pixel_shuffle(maps, self.shuffle))[:, 0]
+        return self._spread(maps)[:, 0]
 
     def _fine(self, features: Features) -> Tensor:
         return self.neck(features) if self.ladder is None else self.ladder(features)
 
     def _read(self, map: Tensor) -> Tensor:
-        maps = self.dense(map)
+        return self._spread(self.dense(map))
+
+    def _spread(self, maps: Tensor) -> Tensor:
+        """``shuffle`` x ``shuffle`` finer cells of each, that lie one behind the other among the channels, beside each other."""
         return maps if self.shuffle == 1 else F.pixel_shuffle(maps, self.shuffle)
 
     def forward(self, features: Features, prompts: Prompts) -> Masks:
