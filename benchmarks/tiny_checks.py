@@ -105,7 +105,7 @@ def parts(model, data: Path, split: str) -> list[dict]:
 def absent(model, data: Path, split: str) -> list[dict]:
     found = []
     for name, row, image in pictures(data, SETS, split, MOST):
-        for target in ELSEWHERE.get(row["modality"], ()):
+        for target in (t for t in ELSEWHERE.get(row["modality"], ()) if t in model.targets):
             drawn = model.segment(study(image), target)
             found.append({"set": name, "id": row["id"], "modality": row["modality"], "target": target, "present": drawn.present, "value": float(not drawn.mask.any())})
     return found
