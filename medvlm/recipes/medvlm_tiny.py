@@ -35,7 +35,7 @@ OUTLINED = {"xray": XRAY, "ct": CT, "mr": (), "fundus": ("vessels",), "pathology
 """{modality: what is outlined in its pictures}; vessels are those of the retina."""
 TARGETS = tuple(dict.fromkeys(t for group in OUTLINED.values() for t in group))
 UNDRAWN = ("endotracheal tube", "nasogastric tube", "central venous line")
-"""Outlined in films of train, but with a Dice of 0 in the one of val by each version of this model: of these only probabilities are told."""
+"""Outlined in films of train, but with a Dice of 0 in the one of val: of these only probabilities are told."""
 ELSEWHERE = {"xray": (*CT[4:], "vessels", "nuclei"), "ct": ("vessels", "nuclei"), "mr": ("vessels", "nuclei"),
              "fundus": tuple(t for t in TARGETS if t != "vessels"), "pathology": tuple(t for t in TARGETS if t not in ("nuclei", "vessels"))}  # fmt: skip
 """{modality: what no such picture shows}."""
