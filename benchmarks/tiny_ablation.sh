@@ -12,9 +12,8 @@ for variant in "$@"; do
     case $variant in
         whole) changed="" ;;
         no-made-data) changed=$(without films chest_ct abdomen_ct head_ct abdomen_mr head_mr fundus) ;;
-        no-augmentation) changed="--set stages.*.augment=0" ;;
         no-halved) changed="--set stages.glance.steps=0 --set stages.see.steps=420" ;;  # about as long
-        *) echo "no variant $variant; whole, no-made-data, no-augmentation, no-halved" >&2; exit 2 ;;
+        *) echo "no variant $variant; whole, no-made-data, no-halved" >&2; exit 2 ;;
     esac
     # shellcheck disable=SC2086
     medvlm train medvlm_tiny --data "$data" --out "$out/$variant/run" $short $changed
